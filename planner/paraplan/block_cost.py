@@ -1,0 +1,380 @@
+"""Seconds and bytes of one block under one layout.
+
+Two halves: what a micro-batch computes and exchanges with its tensor, context and expert peers
+(`block_compute`, shared by every layout of a family), and what the data-parallel ranks add by
+gathering and reducing the block's parameters (`block_cost`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paraplan.cluster import Cluster
+from paraplan.collectives import Group, collective_seconds, transfer_seconds
+from paraplan.device import Device
+from paraplan.graph import RECOMPUTE_MODES, Amount, Block, BlockVariant, Op, Recompute
+from paraplan.op_times import op_seconds, optimizer_seconds
+from paraplan.plan_file import Layout
+
+REDUCE_BYTES = 4  # gradients are reduced in fp32 (FSDP2's `reduce_dtype`)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Seconds of one pass of one micro-batch through a block, by what takes them.
+
+    Attributes:
+        kernels: device time of the ops.
+        launch: host time of launching them that the device time does not cover.
+        tensor, context, expert: exposed communication with the peers of that axis.
+    """
+
+    kernels: float = 0.0
+    launch: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole pass."""
+        return self.kernels + self.launch + self.tensor + self.context + self.expert
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCompute:
+    """One block, one micro-batch, without data-parallel traffic.
+
+    Attributes:
+        forward, backward: the passes without recomputation.
+        rerun: the forward run again in the backward pass, by recompute mode.
+        saved_bytes: kept from forward to backward, by recompute mode.
+        working_bytes: alive beside the saved ones while the block is computed, by mode.
+        peak_bytes: saved and working together, without recomputation.
+        measured, interpolated, modelled: kernel seconds by what they rest on.
+    """
+
+    forward: Pass
+    backward: Pass
+    rerun: dict[Recompute, Pass]
+    saved_bytes: dict[Recompute, float]
+    working_bytes: dict[Recompute, float]
+    peak_bytes: float
+    measured: float
+    interpolated: float
+    modelled: float
+
+
+def peers(size: int, stride: int, devices_per_node: int) -> Group:
+    """The group of ``size`` ranks that lie ``stride`` ranks apart."""
+    room = max(1, devices_per_node // stride)
+    per_node = next(n for n in range(min(size, room), 0, -1) if size % n == 0)
+    return Group(size, per_node)
+
+
+def tensor_group(layout: Layout, cluster: Cluster) -> Group:
+    """The tensor ranks: neighbours."""
+    return peers(layout.tensor, 1, cluster.devices_per_node)
+
+
+def shard_group(layout: Layout, cluster: Cluster) -> Group:
+    """The ranks over which FSDP shards."""
+    stride = layout.tensor * layout.context
+    return peers(layout.data_shard, stride, cluster.devices_per_node)
+
+
+def replicate_group(layout: Layout, cluster: Cluster) -> Group:
+    """The ranks that hold the same shard: data replicas, and context ranks."""
+    stride = layout.tensor * (layout.data_shard if layout.data_replicate > 1 else 1)
+    size = layout.data_replicate * layout.context
+    return peers(size, stride, cluster.devices_per_node)
+
+
+def block_compute(
+    block: Block, layout: Layout, *, device: Device, cluster: Cluster
+) -> BlockCompute:
+    """Cost of one micro-batch of ``layout.micro_batch_size / layout.context`` sequences."""
+    variant = block.variants[layout.tensor]
+    sequences = layout.micro_batch_size / layout.context
+    split = layout.tensor if layout.sequence_parallel else 1
+    timed = [_timed(op, sequences, split, layout.expert, device) for op in variant.ops]
+    forward = [(op, s) for op, s, _ in timed if op.phase == "forward"]
+    backward = [(op, s) for op, s, _ in timed if op.phase == "backward"]
+    tensor = _tensor_seconds(variant, layout, sequences, cluster)
+    exchange = _expert_seconds(variant, layout, sequences, cluster)
+    ring = _ring_seconds(variant, layout, sequences, cluster)
+    reruns: dict[Recompute, Pass] = {"none": Pass()}
+    for mode in RECOMPUTE_MODES[1:]:
+        again = [(op, s) for op, s in forward if mode in op.reruns]
+        full = mode == "full"
+        reruns[mode] = _run(
+            again,
+            device,
+            tensor=tensor["rerun"],
+            ring=ring if full else 0.0,
+            expert=exchange if full else 0.0,
+        )
+    saved = {m: _saved_bytes(variant, m, sequences, split) for m in RECOMPUTE_MODES}
+    peak = max(variant.peak_bytes.at(sequences), saved["none"])
+    # Under sequence parallelism temporaries shrink with the activations they are made from.
+    whole = _saved_bytes(variant, "none", sequences, 1)
+    peak *= saved["none"] / whole if whole else 1.0
+    return BlockCompute(
+        forward=_run(forward, device, tensor=tensor["forward"], ring=ring, expert=exchange),
+        backward=_run(
+            backward, device, tensor=tensor["backward"], ring=2 * ring, expert=exchange
+        ),
+        rerun=reruns,
+        saved_bytes=saved,
+        working_bytes={m: peak - min(saved[m], peak) for m in RECOMPUTE_MODES},
+        peak_bytes=peak,
+        measured=sum(s for _, s, basis in timed if basis == "measured"),
+        interpolated=sum(s for _, s, basis in timed if basis == "interpolated"),
+        modelled=sum(s for _, s, basis in timed if basis == "modelled"),
+    )
+
+
+def _timed(
+    op: Op, sequences: float, split: int, expert: int, device: Device
+) -> tuple[Op, float, str]:
+    if op.replicated:
+        sequences /= split
+    if op.expert and expert > 1 and op.kind == "grouped_gemm":
+        groups = Amount(op.dims[0].fixed // expert, op.dims[0].per_sequence)
+        op = op.model_copy(update={"dims": (groups, *op.dims[1:])})
+    seconds, basis = op_seconds(op, sequences, device)
+    return op, seconds * op.count, basis
+
+
+def _run(
+    ops: list[tuple[Op, float]], device: Device, *, tensor: float, ring: float, expert: float
+) -> Pass:
+    """One pass: the host launches ops one by one while the device works them off."""
+    kernels = sum(seconds for _, seconds in ops)
+    host = sum(op.count for op, _ in ops) * device.host_launch_seconds.value
+    attention = sum(seconds for op, seconds in ops if op.kind == "attention")
+    return Pass(
+        kernels=kernels,
+        launch=max(0.0, host - kernels),
+        tensor=tensor,
+        context=max(0.0, ring - attention),
+        expert=expert,
+    )
+
+
+def _saved_bytes(variant: BlockVariant, mode: Recompute, sequences: float, split: int) -> float:
+    saved = variant.saved[mode]
+    return (
+        saved.sharded.at(sequences)
+        + saved.replicated.at(sequences) / split
+        + saved.gathered.at(sequences)
+    )
+
+
+def _tensor_seconds(
+    variant: BlockVariant, layout: Layout, sequences: float, cluster: Cluster
+) -> dict[str, float]:
+    """Exposed tensor-parallel exchanges of forward, backward and a rerun of the forward.
+
+    A rerun stops once the last saved activation is rebuilt, which the last row-parallel
+    output is not: its reduction is left out.
+    """
+    seconds = {"forward": 0.0, "backward": 0.0, "rerun": 0.0}
+    if layout.tensor == 1:
+        return seconds
+    group = tensor_group(layout, cluster)
+    last_reduction = 0.0
+    for exchange in variant.collectives:
+        size = exchange.message_bytes.at(sequences)
+        if layout.sequence_parallel:
+            reduction = collective_seconds("reduce_scatter", size, group, cluster)
+            total = reduction + collective_seconds("all_gather", size, group, cluster)
+        else:
+            total = reduction = collective_seconds("all_reduce", size, group, cluster)
+        seconds[exchange.phase] += total
+        if exchange.phase == "forward":
+            last_reduction = reduction
+    seconds["rerun"] = max(0.0, seconds["forward"] - last_reduction)
+    return seconds
+
+
+def _expert_seconds(
+    variant: BlockVariant, layout: Layout, sequences: float, cluster: Cluster
+) -> float:
+    """Dispatch and combine of routed tokens in one pass."""
+    size = variant.expert_dispatch_bytes.at(sequences)
+    if layout.expert == 1 or not size:
+        return 0.0
+    group = peers(layout.expert, layout.tensor, cluster.devices_per_node)
+    return 2 * collective_seconds("all_to_all", size, group, cluster)
+
+
+def _ring_seconds(
+    variant: BlockVariant, layout: Layout, sequences: float, cluster: Cluster
+) -> float:
+    """Keys and values passed round the context ranks in one forward pass (Liu et al. 2023)."""
+    if layout.context == 1:
+        return 0.0
+    group = peers(layout.context, layout.tensor, cluster.devices_per_node)
+    crosses = group.per_node < group.size
+    total = 0.0
+    for op in variant.ops:
+        if op.kind == "attention" and op.phase == "forward":
+            dims = [dim.at(sequences) for dim in op.dims]
+            batch, _, kv_heads, _, key_length, head_dim, value_dim = dims
+            size = batch * kv_heads * key_length * (head_dim + value_dim) * 2
+            step = transfer_seconds(size, between_nodes=crosses, cluster=cluster)
+            total += op.count * (layout.context - 1) * step
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """One block under one layout, data-parallel traffic included; seconds per micro-batch.
+
+    Attributes:
+        forward: forward pass; ``backward``: backward pass with recomputation, by mode.
+        first_gather: extra when the block opens a stage: no earlier block hides its gather.
+        last_gather: the same for the block whose backward comes first.
+        per_step: extra seconds once a step: gathers and reductions of ZeRO-1, ZeRO-2 and
+            replicas in the first forward and the last backward.
+        last_reduction: exposed once a step when the block's backward comes last.
+        optimizer: update of this rank's share, once a step.
+        parameter_bytes, gradient_bytes, optimizer_bytes: held all the time.
+        resident_bytes: unsharded parameters held through the step (ZeRO-1, ZeRO-2, replicas).
+        gather_bytes: unsharded parameters while the block is at work (ZeRO-3).
+        reduce_bytes: gradients and buffers while they are reduced.
+    """
+
+    compute: BlockCompute
+    forward: float
+    backward: dict[Recompute, float]
+    first_gather: float
+    last_gather: float
+    per_step: float
+    last_reduction: float
+    optimizer: float
+    parameter_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+    resident_bytes: float
+    gather_bytes: float
+    reduce_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """Bytes per parameter that follow from precision and optimizer.
+
+    Attributes:
+        compute: of a parameter in the compute dtype.
+        optimizer_state: beside the fp32 parameter and gradient.
+    """
+
+    compute: int
+    optimizer_state: float
+
+
+def overlapped(first: float, second: float, contention: float) -> float:
+    """Seconds of two activities that run at once.
+
+    The longer one, plus the share ``contention`` of the shorter one that they take from each
+    other (fitted to Mist's interference benchmark, see docs/profiles.md).
+    """
+    return max(first, second) + contention * min(first, second)
+
+
+def block_cost(
+    compute: BlockCompute,
+    parameters: float,
+    expert_parameters: float,
+    layout: Layout,
+    *,
+    numerics: Numerics,
+    device: Device,
+    cluster: Cluster,
+) -> BlockCost:
+    """Add the data-parallel ranks' part to a block.
+
+    Args:
+        parameters: elements on one tensor rank, experts included and not yet divided.
+        expert_parameters: those of them that ``layout.expert`` divides.
+    """
+    gather, scatter, reduce = _data_seconds(
+        parameters - expert_parameters, layout, 1, numerics, cluster
+    )
+    if expert_parameters:
+        extra = _data_seconds(
+            expert_parameters / layout.expert, layout, layout.expert, numerics, cluster
+        )
+        gather, scatter, reduce = gather + extra[0], scatter + extra[1], reduce + extra[2]
+    every_forward = gather if layout.zero_stage == 3 else 0.0
+    every_backward = {3: gather + scatter, 2: scatter}.get(layout.zero_stage, 0.0)
+    once_forward = gather if layout.zero_stage in (1, 2) else 0.0
+    once_backward = reduce + (scatter if layout.zero_stage == 1 else 0.0)
+    if layout.micro_batches == 1:
+        every_forward, once_forward = every_forward + once_forward, 0.0
+        every_backward, once_backward = every_backward + once_backward, 0.0
+    contention = device.overlap_contention.value
+    plain_forward, plain_backward = compute.forward.total, compute.backward.total
+    forward = overlapped(plain_forward, every_forward, contention)
+    backward: dict[Recompute, float] = {
+        mode: overlapped(plain_backward + again.total, every_backward, contention)
+        for mode, again in compute.rerun.items()
+    }
+    once = (
+        overlapped(plain_forward, every_forward + once_forward, contention)
+        - forward
+        + overlapped(plain_backward, every_backward + once_backward, contention)
+        - backward["none"]
+    )
+    local = parameters - expert_parameters + expert_parameters / layout.expert
+    owned = _owned(parameters, expert_parameters, layout)
+    whole_gradients = layout.zero_stage == 1 and layout.micro_batches > 1
+    shared = layout.zero_stage > 0 or layout.data_ranks * layout.context > 1
+    copies = numerics.compute != REDUCE_BYTES or layout.zero_stage in (1, 2)
+    return BlockCost(
+        compute=compute,
+        forward=forward,
+        backward=backward,
+        first_gather=(1 - contention) * min(plain_forward, every_forward),
+        last_gather=(1 - contention)
+        * min(plain_backward, gather if layout.zero_stage == 3 else 0.0),
+        per_step=once,
+        last_reduction=(1 - contention)
+        * min(plain_backward, scatter if layout.zero_stage else reduce),
+        optimizer=optimizer_seconds(owned * (12 + 2 * numerics.optimizer_state), device),
+        parameter_bytes=4 * owned,
+        gradient_bytes=4 * owned + (4 * local if whole_gradients else 0),
+        optimizer_bytes=numerics.optimizer_state * owned,
+        resident_bytes=numerics.compute * local if copies and layout.zero_stage != 3 else 0.0,
+        gather_bytes=numerics.compute * local if layout.zero_stage == 3 else 0.0,
+        reduce_bytes=(numerics.compute + (REDUCE_BYTES if shared else 0)) * local,
+    )
+
+
+def _owned(parameters: float, expert_parameters: float, layout: Layout) -> float:
+    """Elements whose update this rank does."""
+    expert_shard = max(1.0, layout.data_shard / layout.expert)
+    return (parameters - expert_parameters) / layout.data_shard + expert_parameters / (
+        layout.expert * expert_shard
+    )
+
+
+def _data_seconds(
+    parameters: float, layout: Layout, spread: int, numerics: Numerics, cluster: Cluster
+) -> tuple[float, float, float]:
+    """Gather, reduce-scatter and all-reduce of parameters held by 1/``spread`` of the ranks."""
+    if not parameters:
+        return 0.0, 0.0, 0.0
+    shard = shard_group(layout, cluster)
+    replicate = replicate_group(layout, cluster)
+    if spread > 1:
+        stride = layout.tensor * spread
+        shard = peers(max(1, layout.data_shard // spread), stride, cluster.devices_per_node)
+        copies = layout.data_ranks * layout.context // spread // shard.size
+        replicate = peers(max(1, copies), stride * shard.size, cluster.devices_per_node)
+    gather = collective_seconds("all_gather", numerics.compute * parameters, shard, cluster)
+    scatter = collective_seconds("reduce_scatter", REDUCE_BYTES * parameters, shard, cluster)
+    share = REDUCE_BYTES * parameters / shard.size
+    return gather, scatter, collective_seconds("all_reduce", share, replicate, cluster)

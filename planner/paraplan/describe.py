@@ -1,0 +1,269 @@
+"""Turns what the search found into a `Plan`: stages, prediction, proof."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from paraplan.block_cost import BlockCost
+from paraplan.graph import RECOMPUTE_MODES, Recompute
+from paraplan.pipeline import interleaved_seconds, one_f_one_b_seconds
+from paraplan.plan_file import (
+    Breakdown,
+    ClusterInfo,
+    Layout,
+    MemoryParts,
+    ModelInfo,
+    Plan,
+    Prediction,
+    Proof,
+    RunnerUp,
+    Stage,
+    TimeBasis,
+    mesh_axes,
+    unsupported_fields,
+)
+from paraplan.search import Found, Problem, SearchResult
+from paraplan.stage_cost import ChainCost, StageCost
+from paraplan.workload import COMPUTE_DTYPE
+
+SIGNIFICANT_DIGITS = 9  # what plan files keep of a float
+
+
+def tool_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("paraplan")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def describe(
+    problem: Problem, found: Found, proof: Proof, runner_ups: Sequence[Found], notes: Sequence[str]
+) -> Plan:
+    """The plan for a layout and its stages."""
+    graph, cluster = problem.graph, problem.cluster
+    return Plan(
+        tool_version=tool_version(),
+        model=ModelInfo(
+            name=graph.name,
+            architecture=graph.architecture,
+            config_sha256=graph.config_sha256,
+            parameter_count=graph.parameter_count,
+            trainable_parameter_count=graph.trainable_parameter_count,
+        ),
+        workload=problem.workload,
+        cluster=ClusterInfo(
+            name=cluster.name,
+            device=problem.device.name,
+            devices=cluster.devices,
+            devices_per_node=cluster.devices_per_node,
+            nodes=cluster.nodes,
+            cluster_sha256=cluster.sha256,
+            device_sha256=problem.device.sha256,
+        ),
+        layout=Layout.model_validate(found.layout.model_dump()),
+        mesh=mesh_axes(found.layout),
+        needs_unsupported=unsupported_fields(found.layout),
+        stages=_stages(found),
+        prediction=predict(problem, found),
+        proof=proof,
+        runner_ups=tuple(
+            RunnerUp(
+                layout=other.layout,
+                step_seconds=rounded(other.staged.step_seconds),
+                peak_memory_bytes=max(_memory(s).total for s in other.staged.stages),
+            )
+            for other in runner_ups
+        ),
+        assumptions=tuple(notes),
+    )
+
+
+def proof_of(result: SearchResult) -> Proof:
+    """The proof of a search."""
+    step = result.best.staged.step_seconds
+    bound = min(result.bound_seconds, step)
+    return Proof(
+        status="optimal" if result.optimal else "feasible",
+        bound_seconds=rounded(bound),
+        gap=rounded((step - bound) / step),
+        layouts_considered=result.considered,
+        layouts_bounded=result.bounded,
+        layouts_infeasible=result.infeasible,
+        layouts_solved=result.solved,
+        excluded=dict(sorted(result.excluded.items())),
+        solver=result.solver,
+        seconds=round(result.seconds, 3),
+    )
+
+
+def no_proof(seconds: float) -> Proof:
+    """The proof of an estimate: nothing was searched."""
+    return Proof(
+        status="estimated",
+        bound_seconds=0.0,
+        gap=0.0,
+        layouts_considered=1,
+        layouts_bounded=0,
+        layouts_infeasible=0,
+        layouts_solved=1,
+        excluded={},
+        solver="none",
+        seconds=round(seconds, 3),
+    )
+
+
+def predict(problem: Problem, found: Found) -> Prediction:
+    """Time and memory of a layout with its stages chosen."""
+    step = found.staged.step_seconds
+    workload, cluster = problem.workload, problem.cluster
+    fullest = max(_memory(stage).total for stage in found.staged.stages)
+    peak = problem.device.peak_flops_per_second[COMPUTE_DTYPE[workload.precision]].value
+    flops = problem.graph.model_flops_per_sequence * workload.global_batch
+    breakdown = _breakdown(found)
+    return Prediction(
+        step_seconds=rounded(step),
+        tokens_per_second=rounded(workload.global_batch * workload.sequence_length / step),
+        mfu=rounded(flops / step / (peak * cluster.devices)),
+        peak_memory_bytes=fullest,
+        capacity_bytes=int(problem.capacity_bytes),
+        fits=fullest <= problem.capacity_bytes,
+        breakdown=breakdown,
+        basis=_basis(found.chain),
+    )
+
+
+def rounded(value: float) -> float:
+    """A float as plan files keep it."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def _memory(stage: StageCost) -> MemoryParts:
+    # Down, so that a stage planned to fill the capacity is not shown a byte above it.
+    return MemoryParts(**{name: int(value) for name, value in stage.parts.items()})
+
+
+def _stages(found: Found) -> tuple[Stage, ...]:
+    chain, layout = found.chain, found.layout
+    cuts, p = found.staged.cuts, layout.pipeline
+    modes = _layer_modes(found)
+    stages = []
+    for index in range(len(cuts) - 1):
+        rank, run = index % p, range(cuts[index], cuts[index + 1])
+        forward, backward = _run_seconds(chain, run, modes, index < p, index >= len(cuts) - 1 - p)
+        layers = [modes[i] for i in run if i in modes]
+        memory = _memory(found.staged.stages[rank])
+        stages.append(
+            Stage(
+                index=index,
+                pipeline_rank=rank,
+                modules=tuple(m for i in run for m in chain.graph.chain[i].modules),
+                layers=len(layers),
+                recompute=tuple(layers),
+                forward_seconds=rounded(forward),
+                backward_seconds=rounded(backward),
+                memory_bytes=memory.total,
+                memory=memory,
+            )
+        )
+    return tuple(stages)
+
+
+def _layer_modes(found: Found) -> dict[int, Recompute]:
+    """Chain position -> mode. Within a rank the earliest layers of a kind recompute most."""
+    chain, layout = found.chain, found.layout
+    cuts, p = found.staged.cuts, layout.pipeline
+    modes: dict[int, Recompute] = {}
+    for rank in range(p):
+        places = defaultdict(list)
+        for index in range(rank, len(cuts) - 1, p):
+            for i in range(cuts[index], cuts[index + 1]):
+                places[chain.shape.kind_at[i]].append(i)
+        stage = found.staged.stages[rank]
+        for kind, counts in zip(stage.layer_kinds, stage.choice.counts, strict=True):
+            queue: list[Recompute] = []
+            for mode, count in reversed(list(zip(RECOMPUTE_MODES, counts, strict=True))):
+                queue += [mode] * count
+            modes.update(zip(places[kind], queue, strict=True))
+    return modes
+
+
+def _run_seconds(
+    chain: ChainCost, run: range, modes: dict[int, Recompute], opens: bool, closes: bool
+) -> tuple[float, float]:
+    costs = [chain.costs[chain.shape.kind_at[i]] for i in run]
+    forward = sum(cost.forward for cost in costs)
+    backward = sum(
+        cost.backward[modes.get(i, "none")] for i, cost in zip(run, costs, strict=True)
+    )
+    forward += costs[0].first_gather if opens else 0.0
+    backward += costs[-1].last_gather if closes else 0.0
+    return forward, backward
+
+
+def _breakdown(found: Found) -> Breakdown:
+    """Attribute the step to the rank whose stage takes longest."""
+    chain, layout, done = found.chain, found.layout, found.staged
+    m = layout.micro_batches
+    rank = max(range(layout.pipeline), key=lambda s: done.stages[s].seconds)
+    stage = done.stages[rank]
+    modes = _layer_modes(found)
+    passes: defaultdict[str, float] = defaultdict(float)
+    for index in range(rank, len(done.cuts) - 1, layout.pipeline):
+        for i in range(done.cuts[index], done.cuts[index + 1]):
+            _add_passes(passes, chain.costs[chain.shape.kind_at[i]], modes.get(i, "none"))
+    whole = _pipeline_seconds(found, done.transfers)
+    without = _pipeline_seconds(found, [0.0] * layout.pipeline)
+    tail = max(s.tail_seconds for s in done.stages)
+    optimizer = min(stage.optimizer_seconds, tail)
+    exposed = stage.seconds - sum(passes.values())  # gathers and reductions not hidden
+    parts = {name: seconds * m for name, seconds in passes.items()}
+    parts["data_communication"] = max(0.0, exposed * m) + tail - optimizer
+    parts["pipeline_communication"] = max(0.0, whole - without)
+    parts["pipeline_bubble"] = max(0.0, without - m * stage.seconds)
+    parts["optimizer"] = optimizer
+    return Breakdown(**{name: rounded(parts[name]) for name in Breakdown.model_fields})
+
+
+def _add_passes(passes: defaultdict[str, float], cost: BlockCost, mode: Recompute) -> None:
+    compute = cost.compute
+    again = compute.rerun[mode]
+    passes["forward"] += compute.forward.kernels
+    passes["backward"] += compute.backward.kernels
+    passes["recompute"] += again.kernels
+    for one in (compute.forward, compute.backward, again):
+        passes["launch"] += one.launch
+        passes["tensor_communication"] += one.tensor
+        passes["context_communication"] += one.context
+        passes["expert_communication"] += one.expert
+
+
+def _pipeline_seconds(found: Found, transfers: Sequence[float]) -> float:
+    layout, stages = found.layout, found.staged.stages
+    if layout.virtual_stages > 1:
+        return interleaved_seconds(
+            [s.seconds for s in stages],
+            max(transfers),
+            layout.micro_batches,
+            layout.virtual_stages,
+        )
+    return one_f_one_b_seconds(
+        [s.forward_seconds for s in stages],
+        [s.backward_seconds for s in stages],
+        transfers,
+        layout.micro_batches,
+    )
+
+
+def _basis(chain: ChainCost) -> TimeBasis:
+    shares = {"measured": 0.0, "interpolated": 0.0, "modelled": 0.0}
+    for before, cost in zip(chain.shape.counts_before, chain.costs, strict=True):
+        for name in shares:
+            shares[name] += before[-1] * getattr(cost.compute, name)
+    total = sum(shares.values()) or 1.0
+    return TimeBasis(**{name: round(value / total, 6) for name, value in shares.items()})
+
+
+

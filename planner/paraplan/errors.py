@@ -1,0 +1,28 @@
+"""The errors a user can mend; every other exception is a bug of ours."""
+
+
+class PlanError(Exception):
+    """Something the user can mend, said in one line, with a hint where one helps.
+
+    Args:
+        message: what is wrong, with the value, in one line.
+        hint: what to try instead.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(PlanError):
+    """An option, a name or a file is wrong: exit code 2."""
+
+    exit_code = 2
+
+
+class InfeasibleError(PlanError):
+    """Every layout was tried and none fits: an answer, exit code 3."""
+
+    exit_code = 3

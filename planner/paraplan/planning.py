@@ -1,0 +1,337 @@
+"""`plan` and `estimate`: from what the user asks for to a `Plan`.
+
+`Request` holds the question, `make_problem` resolves model, cluster and workload, `search`
+answers it, `describe` writes the answer down.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from paraplan.cluster import Cluster, load_cluster, make_cluster
+from paraplan.describe import describe, no_proof, proof_of
+from paraplan.device import load_device
+from paraplan.errors import InfeasibleError, InputError
+from paraplan.graph import RECOMPUTE_MODES, Recompute
+from paraplan.layouts import (
+    FIXABLE,
+    Constraints,
+    check_layout,
+    enumerate_families,
+    layout_from_fixed,
+    tensor_degrees,
+)
+from paraplan.models import resolve_model
+from paraplan.plan_file import RUNTIME_CANNOT_APPLY_YET, Plan, Schedule
+from paraplan.search import (
+    Problem,
+    anything_fits,
+    estimate_layout,
+    least_needed_bytes,
+    search,
+)
+from paraplan.trace_cache import model_graph
+from paraplan.workload import default_global_batch, make_workload
+
+DEFAULT_DEVICE = "h100"
+DEFAULT_SEQUENCE_LENGTH = 4096
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The question; None means a default that fits the rest.
+
+    Attributes:
+        model: a preset, a directory with config.json, a cached Hugging Face id, or
+            ``module:callable``.
+        gpus: number of devices; ``gpus_per_node`` of them in a node.
+        device: name or file of a device profile.
+        cluster: name or file of a cluster profile, or a `Cluster`.
+        global_batch: sequences of one optimizer step.
+        seq_len: tokens of a sequence.
+        memory_limit_gib: of one device; never more than it has.
+        fix: layout fields, or ``recompute``, that are pinned.
+        allow: fields to search although the runtime cannot apply them yet.
+        top: how many of the best layouts to list, the plan itself included.
+    """
+
+    model: str
+    gpus: int | None = None
+    device: str | None = None
+    gpus_per_node: int | None = None
+    cluster: str | Cluster | None = None
+    global_batch: int | None = None
+    seq_len: int | None = None
+    precision: str = "bf16"
+    optimizer: str = "adamw"
+    memory_limit_gib: float | None = None
+    fix: Mapping[str, Any] = field(default_factory=dict)
+    allow: tuple[str, ...] = ()
+    top: int = 4
+    trust_remote_code: bool = False
+    time_limit_seconds: float = 60.0
+
+
+Reporter = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def plan(model: str, *, report: Reporter = _silent, **options: Any) -> Plan:
+    """The fastest plan for a model on a cluster, with its proof.
+
+    Args:
+        model: see `Request`; all its other fields are options here.
+        report: called with one line per phase.
+
+    Raises:
+        InputError: an option is wrong.
+        InfeasibleError: nothing fits.
+    """
+    return plan_request(_request(model, options), report=report)
+
+
+def estimate(model: str, *, report: Reporter = _silent, **options: Any) -> Plan:
+    """The prediction for the one layout that ``fix`` describes; nothing is searched.
+
+    Degrees left out are 1; stage boundaries and recomputation are chosen best. The layout need
+    not fit: ``prediction.fits`` says.
+
+    Raises:
+        InputError: an option is wrong, or the layout is impossible for this model.
+    """
+    return estimate_request(_request(model, options), report=report)
+
+
+def _request(model: str, options: Mapping[str, Any]) -> Request:
+    known = [f.name for f in fields(Request)]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
+            raise InputError(f"unknown option {name!r}", hint=hint)
+    return Request(model=model, **options)
+
+
+def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
+    """`plan` for a `Request`."""
+    if isinstance(request.top, bool) or not isinstance(request.top, int) or request.top < 1:
+        raise InputError(f"top is {request.top!r}; a whole number from 1 on is wanted")
+    problem, notes = make_problem(request, report=report)
+    found = search(
+        problem,
+        runner_ups=request.top - 1,
+        time_limit_seconds=request.time_limit_seconds,
+        report=report,
+    )
+    if found is None:
+        raise _infeasible(problem, request)
+    return describe(problem, found.best, proof_of(found), found.runner_ups, notes)
+
+
+def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
+    """`estimate` for a `Request`."""
+    began = time.perf_counter()
+    fixed = {name: value for name, value in request.fix.items() if name != "recompute"}
+    if request.gpus is None and request.cluster is None:
+        degrees = ("data_replicate", "data_shard", "tensor", "context", "pipeline")
+        request = replace(request, gpus=math.prod(fixed.get(name, 1) for name in degrees))
+    problem, notes = make_problem(request, report=report)
+    layout = layout_from_fixed(fixed, global_batch=problem.workload.global_batch)
+    reason = check_layout(problem.space, layout)
+    if reason:
+        raise InputError(f"impossible layout: {reason}")
+    found = estimate_layout(problem, layout, request.time_limit_seconds)
+    return describe(problem, found, no_proof(time.perf_counter() - began), (), notes)
+
+
+def make_problem(request: Request, *, report: Reporter = _silent) -> tuple[Problem, list[str]]:
+    """Resolve everything that a request names; also what was assumed on the way."""
+    constraints = make_constraints(request.fix, request.allow)
+    cluster = _cluster(request)
+    source = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
+    notes = []
+    length = request.seq_len
+    if length is None:
+        length = source.fixed_sequence_length or min(
+            source.max_sequence_length or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH
+        )
+        notes.append(f"sequence length {length} (not given)")
+    if request.global_batch is None:
+        batch = default_global_batch(length, cluster.devices) if length > 0 else 1
+        notes.append(f"global batch {batch} (not given)")
+    workload = make_workload(
+        sequence_length=length,
+        devices=cluster.devices,
+        global_batch=request.global_batch,
+        precision=request.precision,
+        optimizer=request.optimizer,
+    )
+    report(f"tracing {source.name}, or reading its cached trace")
+    graph = model_graph(
+        source,
+        sequence_length=length,
+        compute_dtype="float32" if request.precision == "fp32" else "bfloat16",
+        tensor_degrees=tensor_degrees(cluster.devices_per_node),
+    )
+    problem = Problem(
+        graph=graph,
+        cluster=cluster,
+        device=cluster.device,
+        workload=workload,
+        capacity_bytes=_capacity(request, cluster),
+        constraints=constraints,
+    )
+    return problem, notes
+
+
+def make_constraints(fix: Mapping[str, Any], allow: tuple[str, ...]) -> Constraints:
+    """Check what the user pinned and allowed.
+
+    Raises:
+        InputError: an unknown field or an impossible value.
+    """
+    for name in allow:
+        if name not in RUNTIME_CANNOT_APPLY_YET:
+            raise InputError(
+                f"--allow knows no {name!r}", hint=f"one of {', '.join(RUNTIME_CANNOT_APPLY_YET)}"
+            )
+    modes: tuple[Recompute, ...] = RECOMPUTE_MODES
+    fixed = {}
+    for name, value in fix.items():
+        if name not in FIXABLE:
+            close = get_close_matches(name, FIXABLE, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(FIXABLE)}"
+            raise InputError(f"--fix knows no {name!r}", hint=hint)
+        checked = _fixed_value(name, value)
+        if name == "recompute":
+            modes = (checked,)
+        else:
+            fixed[name] = checked
+    return Constraints(fixed=fixed, recompute=modes, allow=allow)
+
+
+def parse_fix(text: str) -> dict[str, Any]:
+    """``tensor=2,recompute=full`` as a dict; values checked by `make_constraints`."""
+    fixed: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise InputError(f"--fix {part!r} is not of the form key=value")
+        if name in fixed:
+            raise InputError(f"--fix names {name!r} twice")
+        fixed[name] = value.strip()
+    return fixed
+
+
+def _fixed_value(name: str, value: Any) -> Any:
+    choices: tuple[Any, ...] = ()
+    if name == "recompute":
+        choices = RECOMPUTE_MODES
+    elif name == "schedule":
+        choices = get_args(Schedule)
+    if choices:
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}; one of {', '.join(choices)} is wanted")
+        return value
+    if name == "sequence_parallel":
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        found = words.get(str(value).lower())
+        if found is None:
+            raise InputError(f"sequence_parallel is {value!r}; true or false is wanted")
+        return found
+    low, high = (0, 3) if name == "zero_stage" else (1, 2**24)
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+        raise InputError(f"{name} is {value!r}; a whole number from {low} to {high} is wanted")
+    return number
+
+
+def _cluster(request: Request) -> Cluster:
+    for name, value in (("gpus", request.gpus), ("gpus-per-node", request.gpus_per_node)):
+        wrong = isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**20
+        if value is not None and wrong:
+            raise InputError(f"--{name} is {value!r}; a whole number from 1 to {2**20} is wanted")
+    if request.cluster is None:
+        if request.gpus is None:
+            raise InputError("how many devices? --gpus is missing", hint="for example --gpus 16")
+        device = load_device(request.device or DEFAULT_DEVICE)
+        return make_cluster(device, request.gpus, devices_per_node=request.gpus_per_node)
+    if request.device is not None or request.gpus_per_node is not None:
+        raise InputError("--cluster already names the device and its nodes; leave out the others")
+    if isinstance(request.cluster, Cluster):
+        return request.cluster if request.gpus is None else request.cluster.resized(request.gpus)
+    return load_cluster(request.cluster, devices=request.gpus)
+
+
+def _capacity(request: Request, cluster: Cluster) -> float:
+    whole = cluster.device.memory_capacity_bytes.value
+    limit = request.memory_limit_gib
+    if limit is None:
+        return whole
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 2**20:
+        raise InputError(f"memory limit is {limit!r} GiB; a positive number is wanted")
+    return min(whole, limit * GIB)
+
+
+def _infeasible(problem: Problem, request: Request) -> InfeasibleError:
+    """Says what is missing and what would help."""
+    devices, capacity = problem.cluster.devices, problem.capacity_bytes
+    name = problem.graph.name
+    families, excluded = enumerate_families(problem.space, problem.constraints)
+    if not families:
+        reasons = "; ".join(reason for reason, _ in excluded.most_common(2))
+        message = f"no layout of {name} on {devices} devices is possible"
+        return InfeasibleError(f"{message}: {reasons}" if reasons else message)
+    needed = least_needed_bytes(problem)
+    assert needed is not None, "families exist"
+    missing = needed - capacity
+    message = (
+        f"no plan fits: {name} on {devices} x {problem.device.name} needs "
+        f"{missing / GIB:.1f} GiB more per device "
+        f"({needed / GIB:.1f} GiB, {capacity / GIB:.1f} GiB are there)"
+    )
+    more = _enough_devices(problem, request)
+    helps = []
+    if more:
+        helps.append(f"it fits from {more} devices on")
+    helps.append(f"or with devices of {needed / GIB:.0f} GiB")
+    return InfeasibleError(message, hint=", ".join(helps))
+
+
+def _enough_devices(problem: Problem, request: Request) -> int | None:
+    """The fewest devices, in whole nodes, on which something fits; None up to 32 times as many."""
+    here, node = problem.cluster.devices, problem.cluster.devices_per_node
+    candidates = [*range(here + 1, node + 1)] if here < node else []
+    first = (here // node + 1) * node
+    nodes = [first + i * node for i in range(8)]
+    candidates += nodes + [nodes[-1] + node * 2**i for i in range(1, 12)]
+    for devices in candidates:
+        if devices > 32 * here + node:
+            return None
+        batch = request.global_batch or default_global_batch(
+            problem.workload.sequence_length, devices
+        )
+        workload = problem.workload.model_copy(update={"global_batch": batch})
+        larger = replace(
+            problem,
+            cluster=problem.cluster.resized(devices),
+            workload=workload,
+            computes={},
+        )
+        if anything_fits(larger):
+            return devices
+    return None

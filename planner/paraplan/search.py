@@ -1,0 +1,423 @@
+"""Over all layouts: discards by valid bounds, hands the rest to the integer program.
+
+Best first: families of layouts wait in a queue ordered by a lower bound on their step time. The
+first one is taken out and refined: a family into its layouts, a layout into its best stages (or,
+for 1F1B with several stages, into a tighter bound and a good first solution). When the next bound
+is no better than the plans already in hand, everything still waiting is discarded at once; what
+remains undecided goes to `solver.solve_mip`, which picks the optimum and proves it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from paraplan.block_cost import BlockCompute, Numerics, block_compute, block_cost
+from paraplan.cluster import Cluster
+from paraplan.device import Device
+from paraplan.graph import ModelGraph
+from paraplan.layouts import Constraints, Family, Space, enumerate_families
+from paraplan.partition import (
+    Staged,
+    columns,
+    fixed_cuts,
+    improve,
+    smallest_bottleneck,
+    staged,
+    tail_bound,
+    time_bound,
+)
+from paraplan.pipeline import least_seconds
+from paraplan.plan_file import Layout, Workload
+from paraplan.solver import SOLVER, Candidate, solve_mip
+from paraplan.stage_cost import ChainCost, ChainShape, chain_shape
+from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES
+
+SAME = 1 + 1e-9  # relative slack under which two step times count as equal
+POOL = 1.05  # layouts without a choice enter the program if this close to the best
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is planned: everything that the cost of a layout depends on.
+
+    Attributes:
+        capacity_bytes: what one device may use.
+        computes: block costs shared by all layouts that compute alike (a memo, filled on use).
+    """
+
+    graph: ModelGraph
+    cluster: Cluster
+    device: Device
+    workload: Workload
+    capacity_bytes: float
+    constraints: Constraints = field(default_factory=Constraints)
+    computes: dict[object, tuple[BlockCompute, ...]] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def shape(self) -> ChainShape:
+        """Index of the graph's chain."""
+        return chain_shape(self.graph)
+
+    @cached_property
+    def space(self) -> Space:
+        """Sizes that bound the layouts."""
+        return Space(
+            graph=self.graph,
+            devices=self.cluster.devices,
+            devices_per_node=self.cluster.devices_per_node,
+            global_batch=self.workload.global_batch,
+        )
+
+    @cached_property
+    def numerics(self) -> Numerics:
+        """Bytes per parameter."""
+        return Numerics(
+            compute=COMPUTE_BYTES[self.workload.precision],
+            optimizer_state=OPTIMIZER_STATE_BYTES[self.workload.optimizer],
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout with its best stages."""
+
+    layout: Layout
+    chain: ChainCost
+    staged: Staged
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best plan, the next best layouts, and what is known about optimality."""
+
+    best: Found
+    runner_ups: tuple[Found, ...]
+    optimal: bool
+    bound_seconds: float
+    considered: int
+    bounded: int
+    infeasible: int
+    solved: int
+    excluded: Counter[str]
+    seconds: float
+    solver: str = SOLVER
+
+
+def computes_of(problem: Problem, layout: Layout) -> tuple[BlockCompute, ...]:
+    """What each block kind computes under a layout, made once for all that compute alike."""
+    key = (
+        layout.tensor,
+        layout.sequence_parallel,
+        layout.context,
+        layout.expert,
+        layout.micro_batch_size,
+    )
+    if key not in problem.computes:
+        problem.computes[key] = tuple(
+            block_compute(
+                problem.graph.blocks[kind],
+                layout,
+                device=problem.device,
+                cluster=problem.cluster,
+            )
+            for kind in problem.shape.kinds
+        )
+    return problem.computes[key]
+
+
+def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
+    """Costs of one layout along the chain."""
+    graph = problem.graph
+    variants = [graph.blocks[kind].variants[layout.tensor] for kind in problem.shape.kinds]
+    costs = tuple(
+        block_cost(
+            compute,
+            variant.parameters,
+            variant.expert_parameters,
+            layout,
+            numerics=problem.numerics,
+            device=problem.device,
+            cluster=problem.cluster,
+        )
+        for compute, variant in zip(computes_of(problem, layout), variants, strict=True)
+    )
+    sequences = layout.micro_batch_size / layout.context
+    split = layout.tensor if layout.sequence_parallel else 1
+    cuts = [0.0] * (len(graph.chain) + 1)
+    if layout.pipeline > 1:
+        cuts = [graph.cut_bytes(i, sequences) / split for i in range(len(graph.chain) + 1)]
+    return ChainCost(
+        graph=graph,
+        shape=problem.shape,
+        layout=layout,
+        costs=costs,
+        cut_bytes=tuple(cuts),
+        cluster=problem.cluster,
+        device=problem.device,
+        numerics=problem.numerics,
+        capacity_bytes=problem.capacity_bytes,
+        modes=problem.constraints.recompute,
+    )
+
+
+def _family_bound(problem: Problem, family: Family) -> float:
+    """A lower bound on the step time of every member: its computation alone."""
+    layout = family.base
+    times = [c.forward.total + c.backward.total for c in computes_of(problem, layout)]
+    counts = [before[-1] for before in problem.shape.counts_before]
+    work = sum(n * t for n, t in zip(counts, times, strict=True))
+    largest = max(times) if layout.virtual_stages == 1 else 0.0
+    return least_seconds(
+        work, layout.pipeline, layout.micro_batches, layout.virtual_stages, largest
+    )
+
+
+def leanest(family: Family) -> Layout:
+    """The member that needs the least memory: most shards, then the most that is sharded.
+
+    Model state shrinks with both, and ZeRO-3's two gathered blocks are never more than the
+    whole stage that the other stages of ZeRO keep unsharded.
+    """
+    return family.layout(max(family.splits, key=lambda split: (split[1], split[2])))
+
+
+def fits(chain: ChainCost) -> bool:
+    """Whether any cuts and recompute choices of a layout stay within the capacity."""
+    cuts = fixed_cuts(chain)
+    if cuts is not None:
+        return staged(chain, cuts) is not None
+    return smallest_bottleneck(chain) is not None
+
+
+@dataclass
+class _Progress:
+    """What the search knows so far."""
+
+    wanted: int
+    upper: list[float] = field(default_factory=list)  # best step times, ascending
+    open: list[tuple[float, ChainCost, Staged]] = field(default_factory=list)
+    closed: list[Found] = field(default_factory=list)
+    bounded: int = 0
+    infeasible: int = 0
+
+    @property
+    def threshold(self) -> float:
+        """Bounds at or above this are hopeless for the best and all wanted runner-ups."""
+        return self.upper[self.wanted] if len(self.upper) > self.wanted else float("inf")
+
+    def record(self, seconds: float) -> None:
+        """Note a feasible plan of another layout."""
+        self.upper = sorted([*self.upper, seconds])[: self.wanted + 1]
+
+
+def search(
+    problem: Problem,
+    *,
+    runner_ups: int = 3,
+    time_limit_seconds: float = 60.0,
+    report: Callable[[str], None] = lambda _: None,
+) -> SearchResult | None:
+    """The fastest plan and its proof; None when nothing fits.
+
+    Args:
+        runner_ups: how many of the next best layouts to find as well.
+        time_limit_seconds: for the integer program.
+        report: called with one line per phase.
+    """
+    began = time.perf_counter()
+    families, excluded = enumerate_families(problem.space, problem.constraints)
+    considered = sum(len(family.splits) for family in families)
+    report(f"{considered} layouts in {len(families)} families")
+    progress = _Progress(runner_ups)
+    _explore(problem, families, progress)
+    if not progress.upper:
+        return None
+    report(
+        f"{progress.bounded} discarded by a bound, {progress.infeasible} do not fit, "
+        f"{len(progress.open)} to solve, best so far {progress.upper[0]:.4g} s"
+    )
+    best, others, bound, optimal, solved = _decide(progress, time_limit_seconds)
+    return SearchResult(
+        best=best,
+        runner_ups=tuple(others),
+        optimal=optimal,
+        bound_seconds=bound,
+        considered=considered,
+        bounded=considered - progress.infeasible - solved,
+        infeasible=progress.infeasible,
+        solved=solved,
+        excluded=excluded,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _explore(problem: Problem, families: list[Family], progress: _Progress) -> None:
+    queue: list[tuple[float, int, Family | ChainCost]] = [
+        (_family_bound(problem, family), i, family) for i, family in enumerate(families)
+    ]
+    heapq.heapify(queue)
+    serial = len(queue)
+    while queue:
+        bound, _, item = heapq.heappop(queue)
+        if bound >= progress.threshold:
+            return
+        if isinstance(item, ChainCost):
+            _examine(item, bound, progress)
+        elif not fits(chain_cost(problem, leanest(item))):
+            progress.infeasible += len(item.splits)
+        else:
+            for split in item.splits:
+                chain = chain_cost(problem, item.layout(split))
+                serial += 1
+                heapq.heappush(queue, (max(bound, time_bound(chain)), serial, chain))
+
+
+def _examine(chain: ChainCost, bound: float, progress: _Progress) -> None:
+    cuts = fixed_cuts(chain)
+    if cuts is not None:
+        found = staged(chain, cuts)
+        if found is None:
+            progress.infeasible += 1
+        else:
+            progress.record(found.step_seconds)
+            progress.closed.append(Found(chain.layout, chain, found))
+        return
+    bottleneck = smallest_bottleneck(chain)
+    if bottleneck is None:
+        progress.infeasible += 1
+        return
+    bound = max(bound, chain.layout.micro_batches * bottleneck[0] + tail_bound(chain))
+    first = improve(chain, bottleneck[1])
+    assert first is not None, "smallest_bottleneck returned cuts that fit"
+    progress.record(first.step_seconds)
+    progress.open.append((bound, chain, first))
+
+
+def _decide(
+    progress: _Progress, time_limit_seconds: float
+) -> tuple[Found, list[Found], float, bool, int]:
+    """The integer program over what is undecided, then the runner-ups one by one."""
+    limit = progress.upper[0] * SAME
+    closed = [f for f in progress.closed if f.staged.step_seconds <= limit * POOL]
+    pool = [(bound, chain, first) for bound, chain, first in progress.open if bound <= limit]
+    candidates = [
+        Candidate(f.layout.pipeline, f.layout.micro_batches, 0.0, f.staged.step_seconds)
+        for f in closed
+    ]
+    chains = [f.chain for f in closed]
+    for bound, chain, _ in pool:
+        found = columns(chain, limit)
+        if found:
+            layout = chain.layout
+            candidates.append(
+                Candidate(layout.pipeline, layout.micro_batches, bound, None, tuple(found))
+            )
+            chains.append(chain)
+    solution = solve_mip(
+        candidates, scale_seconds=progress.upper[0], time_limit_seconds=time_limit_seconds
+    )
+    known = [*progress.closed, *(Found(c.layout, c, first) for _, c, first in progress.open)]
+    if solution.candidate is not None and solution.columns:
+        chain = chains[solution.candidate]
+        found_by_solver = staged(chain, (0, *(q.end for q in solution.columns)))
+        assert found_by_solver is not None, "columns that break memory do not exist"
+        known.append(Found(chain.layout, chain, found_by_solver))
+    best = min(known, key=lambda f: f.staged.step_seconds)
+    bound = min(solution.bound_seconds, best.staged.step_seconds)
+    others = _runner_ups(progress, best, time_limit_seconds)
+    return best, others, bound, solution.optimal, len(candidates)
+
+
+def _runner_ups(progress: _Progress, best: Found, time_limit_seconds: float) -> list[Found]:
+    """The next best layouts, each with its best stages, in order."""
+    exact = [f for f in progress.closed if f.layout != best.layout]
+    waiting = sorted(
+        ((b, c, f) for b, c, f in progress.open if c.layout != best.layout),
+        key=lambda entry: entry[0],
+    )
+    for bound, chain, first in waiting:
+        exact.sort(key=lambda f: f.staged.step_seconds)
+        if len(exact) >= progress.wanted and (
+            progress.wanted == 0 or bound >= exact[progress.wanted - 1].staged.step_seconds
+        ):
+            break
+        exact.append(best_stages(chain, first, time_limit_seconds))
+    exact.sort(key=lambda f: f.staged.step_seconds)
+    return exact[: progress.wanted]
+
+
+def best_stages(chain: ChainCost, first: Staged, time_limit_seconds: float) -> Found:
+    """The best cuts of one 1F1B layout, starting from a solution that fits."""
+    layout = chain.layout
+    found = columns(chain, first.step_seconds * SAME)
+    candidate = Candidate(layout.pipeline, layout.micro_batches, 0.0, None, tuple(found))
+    solution = solve_mip(
+        [candidate],
+        scale_seconds=first.step_seconds,
+        time_limit_seconds=time_limit_seconds,
+    )
+    if solution.columns:
+        solved = staged(chain, (0, *(q.end for q in solution.columns)))
+        if solved is not None and solved.step_seconds < first.step_seconds:
+            first = solved
+    return Found(layout, chain, first)
+
+
+def estimate_layout(problem: Problem, layout: Layout, time_limit_seconds: float = 60.0) -> Found:
+    """One layout with its best stages and recomputation, whether it fits or not.
+
+    A layout that does not fit is shown at the smallest capacity at which it would.
+    """
+    chain = chain_cost(problem, layout)
+    cuts = fixed_cuts(chain)
+    if cuts is not None:
+        found = staged(chain, cuts) or staged(chain, cuts, forced=True)
+        assert found is not None, "forced costs always exist"
+        return Found(layout, chain, found)
+    bottleneck = smallest_bottleneck(chain)
+    if bottleneck is None:
+        needed = needed_capacity_bytes(chain)
+        chain = replace(chain, capacity_bytes=needed, memo={})
+        bottleneck = smallest_bottleneck(chain)
+        assert bottleneck is not None, "the needed capacity suffices"
+    first = improve(chain, bottleneck[1])
+    assert first is not None, "smallest_bottleneck returned cuts that fit"
+    return best_stages(chain, first, time_limit_seconds)
+
+
+def needed_capacity_bytes(chain: ChainCost) -> float:
+    """The smallest capacity of a device at which a layout fits, to 1 MiB."""
+    low, high = chain.capacity_bytes, chain.capacity_bytes
+    while not fits(replace(chain, capacity_bytes=high, memo={})):
+        low, high = high, 2 * high
+    while high - low > 2**20:
+        middle = (low + high) / 2
+        if fits(replace(chain, capacity_bytes=middle, memo={})):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def least_needed_bytes(problem: Problem) -> float | None:
+    """The smallest capacity at which anything fits; None if no layout is possible at all."""
+    families, _ = enumerate_families(problem.space, problem.constraints)
+    best: float | None = None
+    for family in families:
+        chain = chain_cost(problem, leanest(family))
+        if best is None or fits(replace(chain, capacity_bytes=best - 2**20, memo={})):
+            best = needed_capacity_bytes(
+                chain if best is None else replace(chain, capacity_bytes=problem.capacity_bytes)
+            )
+    return best
+
+
+def anything_fits(problem: Problem) -> bool:
+    """Whether some layout stays within the capacity."""
+    families, _ = enumerate_families(problem.space, problem.constraints)
+    return any(fits(chain_cost(problem, leanest(family))) for family in families)
