@@ -7,10 +7,11 @@ Profiles are files (``profiles/paraplan_profiles/clusters/*.toml``, or the user'
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from paraplan.device import Device, load_device
 from paraplan.errors import InputError
@@ -25,8 +26,17 @@ from paraplan.profile_types import (
     shipped_names,
 )
 
+
+def _speedup(figure: Figure) -> Figure:
+    if not 1 <= figure.value <= 2:
+        # Reducing in the switches sends each byte once where a ring sends it twice.
+        raise ValueError(f"value is {figure.value:g}; 1 to 2 is wanted")
+    return figure
+
+
 Count = Annotated[int, Field(ge=1, le=2**24, strict=True)]
 
+Speedup = Annotated[Figure, AfterValidator(_speedup)]
 ALIASES = {"p4d": "aws-p4d", "p4de": "aws-p4de", "p5": "aws-p5"}
 """Short names of shipped clusters."""
 
@@ -39,20 +49,60 @@ class Link(Frozen):
         bandwidth_bytes_per_second: peak, per device and direction (NICs that several devices
             share are divided by their number).
         efficiency: share of it that long ring collectives reach (nccl-tests' bus bandwidth).
-        transfer_efficiency: share of it that a long point-to-point message or all-to-all reaches.
-        latency_seconds: of one step from a device to the next.
+        all_to_all_efficiency, transfer_efficiency: the same for a long all-to-all, and for a
+            long message from one device to another.
+        start_seconds: fixed time of one collective or message.
+        latency_seconds: of each step from a device to the next.
+        all_reduce_speedup: how much faster than a ring the switches' own reduction is (NVLink
+            SHARP), where there is one.
     """
 
     kind: Annotated[str, Field(min_length=1)]
     bandwidth_bytes_per_second: Positive
     efficiency: Fraction
+    all_to_all_efficiency: Fraction
     transfer_efficiency: Fraction
+    start_seconds: Figure
     latency_seconds: Figure
+    all_reduce_speedup: Speedup | None = None
+
+    @cached_property
+    def speeds(self) -> LinkSpeeds:
+        """The figures as plain numbers."""
+        peak = self.bandwidth_bytes_per_second.value
+        speedup = self.all_reduce_speedup
+        return LinkSpeeds(
+            ring=peak * self.efficiency.value,
+            all_to_all=peak * self.all_to_all_efficiency.value,
+            transfer=peak * self.transfer_efficiency.value,
+            start=self.start_seconds.value,
+            latency=self.latency_seconds.value,
+            all_reduce_speedup=1.0 if speedup is None else speedup.value,
+        )
 
     def scaled(self, factor: float) -> Link:
         """The same link with ``factor`` times the bandwidth."""
         bandwidth = self.bandwidth_bytes_per_second.scaled(factor, f"times {factor:g}")
-        return self.model_copy(update={"bandwidth_bytes_per_second": bandwidth})
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Link.model_construct(**(fields | {"bandwidth_bytes_per_second": bandwidth}))
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeeds:
+    """A link's figures as plain numbers, made once for `collectives`.
+
+    Attributes:
+        ring, all_to_all, transfer: bytes per second per device and direction of long messages.
+        start, latency: seconds of a collective, and of each of its steps.
+        all_reduce_speedup: 1 where switches do not reduce.
+    """
+
+    ring: float
+    all_to_all: float
+    transfer: float
+    start: float
+    latency: float
+    all_reduce_speedup: float
 
 
 class NodeGroup(Frozen):
@@ -128,9 +178,7 @@ class Cluster(Frozen):
         per_node = devices_per_node or self.devices_per_node
         for what, value in (("devices", devices), ("devices per node", per_node)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
-                raise InputError(
-                    f"{what} is {value!r}; a whole number from 1 to {2**24} is wanted"
-                )
+                raise InputError(f"{what} is {value!r}; a whole number from 1 to {2**24} is wanted")
         per_node = min(per_node, devices)
         if devices % per_node:
             raise InputError(
@@ -200,9 +248,7 @@ def _with_devices(data: dict[str, Any], name: str) -> dict[str, Any]:
     return data | {"node_groups": loaded}
 
 
-def make_cluster(
-    device: Device, devices: int, *, devices_per_node: int | None = None
-) -> Cluster:
+def make_cluster(device: Device, devices: int, *, devices_per_node: int | None = None) -> Cluster:
     """A cluster of the device's usual nodes (``Device.default_cluster``).
 
     Raises:

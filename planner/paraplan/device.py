@@ -7,108 +7,163 @@ JSON); ``docs/profiles.md`` describes every field. Pure data: no torch, no devic
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from paraplan.errors import InputError
+from paraplan.graph import attention_pairs
+from paraplan.op_table import Dtype, MeasuredOp, MeasuredTable, make_table
 from paraplan.plan_file import describe_validation_error
 from paraplan.profile_types import (
     Figure,
     Fraction,
     Frozen,
     Positive,
+    Share,
     Whole,
     content_sha256,
     read_profile,
     shipped_names,
 )
 
-Dtype = Literal["bfloat16", "float16", "float32", "float8"]
-
 ALIASES = {
     "a100": "a100-80gb-sxm",
     "a100-40gb": "a100-40gb-sxm",
     "a100-80gb": "a100-80gb-sxm",
+    "a100-sxm": "a100-80gb-sxm",
     "h100": "h100-sxm",
     "h100-80gb": "h100-sxm",
     "h200-sxm": "h200",
+    "b200-sxm": "b200",
     "mi250x": "mi250",
     "4090": "rtx-4090",
     "rtx4090": "rtx-4090",
 }
 """Short names of shipped devices."""
 
+Size = Annotated[int, Field(ge=1, le=65536, strict=True)]
+
+
+class Tile(Frozen):
+    """An output tile that one multiprocessor computes at a time.
+
+    Attributes:
+        rows, columns: of the product's output.
+        relative_rate: share of the best tile's rate that a long K loop reaches in this one.
+    """
+
+    rows: Size
+    columns: Size
+    relative_rate: Fraction
+
 
 class Gemm(Frozen):
     """How matrix products run: tiles worked off in waves by the multiprocessors.
 
     Attributes:
-        efficiency: by dtype, share of the dense peak that a multiprocessor reaches inside a
-            tile of long K.
-        tile_rows, tile_columns: of the output tile one multiprocessor computes at a time.
-        prologue_k: extra K elements that each tile costs (filling the pipeline, writing out).
+        efficiency: by dtype, share of the dense peak that the best tile reaches for long K.
+        prologue_k: extra K elements each tile costs (filling the pipeline, writing out).
+        wave_loss: share of a partly filled last wave of tiles that is lost; less than 1 because
+            libraries have more tile shapes than are listed, and split the last wave's work.
+        tiles: the kernels' choices; the fastest is taken.
     """
 
-    efficiency: dict[Dtype, Fraction]
-    tile_rows: Whole
-    tile_columns: Whole
+    efficiency: Annotated[dict[Dtype, Fraction], Field(min_length=1)]
     prologue_k: Figure
+    wave_loss: Share
+    tiles: Annotated[tuple[Tile, ...], Field(min_length=1, max_length=8)]
 
 
 class AttentionRate(Frozen):
     """Fused attention at one head size.
 
     Attributes:
-        forward_efficiency, backward_efficiency: share of the dense peak for long sequences,
+        forward_efficiency, backward_efficiency: share of the dense peak for long sequences
             without a mask.
     """
 
-    head_size: Annotated[int, Field(ge=1, le=4096)]
+    head_size: Size
     forward_efficiency: Fraction
     backward_efficiency: Fraction
 
 
 class Attention(Frozen):
-    """Fused (flash) attention.
+    """One implementation of fused attention.
 
     Attributes:
-        implementation: what was timed, such as ``flash-attention 2``.
-        tile_rows, tile_columns: queries and keys of one tile; a causal mask wastes half a tile
-            of keys for each row of tiles.
+        implementation: such as ``flash-attention-2``.
+        tile_rows: queries of one tile; a mask's edge wastes half a tile of keys.
         prologue_keys: extra keys that each row of tiles costs.
-        rates: by head size; between two, the rate is interpolated.
+        causal_efficiency: share of the unmasked rate that a causal mask leaves, beyond the
+            half tiles: uneven rows and the masking itself.
+        rates: by rising head size; between two, efficiencies are interpolated.
     """
 
     implementation: Annotated[str, Field(min_length=1)]
-    tile_rows: Whole
-    tile_columns: Whole
+    tile_rows: Size
     prologue_keys: Figure
+    causal_efficiency: Fraction
     rates: Annotated[tuple[AttentionRate, ...], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        sizes = [rate.head_size for rate in self.rates]
+        if sizes != sorted(set(sizes)):
+            raise ValueError("rates must have rising head_size")
+        return self
 
-class MeasuredOp(Frozen):
-    """One op timed on the device.
+    def efficiency(self, head_size: float, phase: str) -> float:
+        """Share of the dense peak at ``head_size``; the nearest beyond the ends."""
+        points = [
+            (
+                rate.head_size,
+                rate.forward_efficiency.value
+                if phase == "forward"
+                else rate.backward_efficiency.value,
+            )
+            for rate in self.rates
+        ]
+        for (low, first), (high, second) in pairwise(points):
+            if low <= head_size <= high:
+                return first + (second - first) * (head_size - low) / (high - low)
+        return points[0][1] if head_size < points[0][0] else points[-1][1]
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeRates:
+    """One dtype's figures as plain numbers, made once for `op_times`.
 
     Attributes:
-        kind, dims, causal, window: as in `graph.Op`, sizes as whole numbers.
-        name: of a memory op; ``*`` stands for any.
-        size_bytes: read and written by a memory op.
-        seconds: median of one call.
-        spread: (90th - 10th percentile) / median, where known.
+        peak: dense FLOP/s.
+        tiles: (rows, columns, seconds of one K element of that tile on one multiprocessor).
     """
 
-    kind: Literal["gemm", "grouped_gemm", "attention", "memory"]
-    dtype: Dtype
-    name: str = "*"
-    phase: Literal["forward", "backward"] = "forward"
-    dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    causal: bool = False
-    window: Annotated[int, Field(ge=1)] | None = None
-    size_bytes: Annotated[int, Field(ge=0)] = 0
-    seconds: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    peak: float
+    tiles: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A device's figures as plain numbers, made once for `op_times`.
+
+    Attributes:
+        floor: seconds that any kernel takes beside its work.
+        memory, peak_memory: bytes per second, achieved and peak.
+        optimizer: bytes per second of the optimizer's update.
+    """
+
+    floor: float
+    memory: float
+    peak_memory: float
+    optimizer: float
+    multiprocessors: float
+    prologue_k: float
+    wave_loss: float
+    dtypes: dict[str, DtypeRates]
 
 
 class Device(Frozen):
@@ -122,32 +177,100 @@ class Device(Frozen):
     memory_capacity_bytes: Positive
     memory_bandwidth_bytes_per_second: Positive
     memory_efficiency: Fraction
-    memory_half_bytes: Figure
     kernel_floor_seconds: Figure
     host_launch_seconds: Figure
     multiprocessors: Whole
     peak_flops_per_second: Annotated[dict[Dtype, Positive], Field(min_length=1)]
     gemm: Gemm
-    attention: Attention
+    attention: Annotated[tuple[Attention, ...], Field(min_length=1)]
     optimizer_efficiency: Fraction
-    overlap_contention: Fraction
+    overlap_contention: Share
+    overlap_contention_floor: Share
     framework_memory_bytes: Figure
     communicator_memory_bytes: Figure
     fragmentation_fraction: Figure
     power_watts: Positive | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
+    @model_validator(mode="after")
+    def _same_dtypes(self) -> Self:
+        odd = set(self.peak_flops_per_second) ^ set(self.gemm.efficiency)
+        if odd:
+            raise ValueError(
+                "peak_flops_per_second and gemm.efficiency must name the same dtypes, "
+                f"{', '.join(sorted(odd))} stands in one of them"
+            )
+        return self
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the content."""
         return content_sha256(self)
 
+    @cached_property
+    def rates(self) -> Rates:
+        """The figures as plain numbers."""
+        memory = self.memory_bandwidth_bytes_per_second.value
+        return Rates(
+            floor=self.kernel_floor_seconds.value,
+            memory=memory * self.memory_efficiency.value,
+            peak_memory=memory,
+            optimizer=memory * self.optimizer_efficiency.value,
+            multiprocessors=self.multiprocessors.value,
+            prologue_k=self.gemm.prologue_k.value,
+            wave_loss=self.gemm.wave_loss.value,
+            dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
+        )
+
+    def _dtype_rates(self, dtype: Dtype) -> DtypeRates:
+        peak = self.peak_flops_per_second[dtype].value
+        share = peak * self.gemm.efficiency[dtype].value / self.multiprocessors.value
+        tiles = tuple(
+            (
+                float(tile.rows),
+                float(tile.columns),
+                2.0 * tile.rows * tile.columns / (share * tile.relative_rate.value),
+            )
+            for tile in self.gemm.tiles
+        )
+        return DtypeRates(peak, tiles)
+
+    @cached_property
+    def measured(self) -> MeasuredTable | None:
+        """The measured ops, indexed; None where there are none."""
+        flops = {}
+        for position, op in enumerate(self.ops):
+            if op.kind == "attention" and len(op.dims) == 7:
+                batch, heads, _, query, keys, head, value = op.dims
+                pairs = attention_pairs(query, keys, causal=op.causal, window=op.window)
+                scale = 2.0 if op.phase == "forward" else 5.0
+                flops[position] = scale * batch * heads * pairs * (head + value)
+        return make_table(self.ops, flops) if self.ops else None
+
     def with_memory(self, memory_capacity_bytes: Figure) -> Device:
         """A copy with another memory capacity."""
+        return self._copy({"memory_capacity_bytes": memory_capacity_bytes})
+
+    def with_attention(self, implementation: str) -> Device:
+        """A copy that uses another of its attention implementations.
+
+        Raises:
+            InputError: the profile has no such implementation.
+        """
+        chosen = [a for a in self.attention if a.implementation == implementation]
+        if not chosen:
+            known = ", ".join(a.implementation for a in self.attention)
+            raise InputError(
+                f"{self.name}: no attention implementation {implementation!r}",
+                hint=f"one of {known}",
+            )
+        others = [a for a in self.attention if a.implementation != implementation]
+        return self._copy({"attention": (*chosen, *others)})
+
+    def _copy(self, update: dict[str, Any]) -> Device:
+        # Not model_copy: it would carry along cached properties of the old content.
         fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return Device.model_construct(
-            **(fields | {"memory_capacity_bytes": memory_capacity_bytes})
-        )
+        return Device.model_construct(**(fields | update))
 
 
 def device_names() -> tuple[str, ...]:

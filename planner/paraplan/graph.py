@@ -200,13 +200,21 @@ class ModelGraph(_Frozen):
     pipeline_limit: str | None = None
     model_flops_per_sequence: float
 
-    def cut_bytes(self, position: int, sequences: float) -> float:
-        """Bytes that cross the cut in front of chain item ``position``, one direction."""
-        return sum(
-            value.size_bytes.at(sequences)
-            for value in self.values
-            if value.producer < position <= value.last_consumer
-        )
+
+def cut_amounts(graph: ModelGraph) -> tuple[Amount, ...]:
+    """Bytes that cross the cut in front of each chain position, one direction.
+
+    The first entry (before the chain) and the last (behind it) are zero.
+    """
+    amounts = [Amount()] * (len(graph.chain) + 1)
+    for value in graph.values:
+        for position in range(value.producer + 1, value.last_consumer + 1):
+            here = amounts[position]
+            amounts[position] = Amount(
+                here.fixed + value.size_bytes.fixed,
+                here.per_sequence + value.size_bytes.per_sequence,
+            )
+    return tuple(amounts)
 
 
 def op_flops(op: Op, sequences: float) -> float:

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from paraplan.layouts import interleaved_chunks
 from paraplan.pipeline import interleaved_seconds, least_seconds, one_f_one_b_seconds
@@ -65,7 +66,13 @@ def staged(chain: ChainCost, cuts: Cuts, *, forced: bool = False) -> Staged | No
     tail = max(stage.tail_seconds for stage in stages)
     if v > 1:
         slowest = max(transfers)
-        work = interleaved_seconds([s.seconds for s in stages], slowest, layout.micro_batches, v)
+        work = interleaved_seconds(
+            [s.seconds for s in stages],
+            slowest,
+            layout.micro_batches,
+            v,
+            contention=chain.device.overlap_contention.value,
+        )
         shown = (slowest,) * (p - 1) + (0.0,)
     else:
         shown = (*transfers, 0.0)
@@ -91,15 +98,6 @@ def fixed_cuts(chain: ChainCost) -> Cuts | None:
     return (*begins, length)
 
 
-def plain_seconds(chain: ChainCost) -> list[float]:
-    """Prefix sums along the chain of forward and backward time without recomputation."""
-    sums = [0.0]
-    for kind in chain.shape.kind_at:
-        cost = chain.costs[kind]
-        sums.append(sums[-1] + cost.forward + cost.backward["none"])
-    return sums
-
-
 def tail_bound(chain: ChainCost) -> float:
     """No plan of this layout spends less after the last backward: the mean over its stages."""
     counts = [before[-1] for before in chain.shape.counts_before]
@@ -112,14 +110,11 @@ def tail_bound(chain: ChainCost) -> float:
 def time_bound(chain: ChainCost) -> float:
     """A lower bound on the step time of a layout, whatever its memory."""
     layout = chain.layout
-    work = plain_seconds(chain)[-1]
+    work = chain.plain_seconds[-1]
     largest = max(cost.forward + cost.backward["none"] for cost in chain.costs)
-    if layout.virtual_stages > 1:
-        largest = 0.0
-    work_bound = least_seconds(
+    return tail_bound(chain) + least_seconds(
         work, layout.pipeline, layout.micro_batches, layout.virtual_stages, largest
     )
-    return work_bound + tail_bound(chain)
 
 
 def smallest_bottleneck(chain: ChainCost) -> tuple[float, Cuts] | None:
@@ -132,7 +127,7 @@ def smallest_bottleneck(chain: ChainCost) -> tuple[float, Cuts] | None:
     high_cuts = _reach(chain, math.inf)
     if high_cuts is None:
         return None
-    low = plain_seconds(chain)[-1] / chain.layout.pipeline
+    low = chain.plain_seconds[-1] / chain.layout.pipeline
     best = high_cuts
     high = _bottleneck(chain, best)
     while high - low > 1e-6 * high:
@@ -196,11 +191,21 @@ def improve(chain: ChainCost, start: Cuts) -> Staged | None:
     return best
 
 
+def columns_of(chain: ChainCost, plan: Staged) -> list[Column]:
+    """The columns of a 1F1B layout's known plan."""
+    return [
+        Column(rank, first, end, cost, transfer)
+        for rank, ((first, end), cost, transfer) in enumerate(
+            zip(pairwise(plan.cuts), plan.stages, plan.transfers, strict=True)
+        )
+    ]
+
+
 def columns(chain: ChainCost, limit_seconds: float) -> list[Column]:
     """Every stage that can be part of a plan of this layout faster than ``limit_seconds``."""
     p, m = chain.layout.pipeline, chain.layout.micro_batches
     length = len(chain.shape.kind_at)
-    plain = plain_seconds(chain)
+    plain = chain.plain_seconds
     budget = limit_seconds - tail_bound(chain)
     longest = budget / m  # M t_s alone must stay below the limit
     found: list[list[Column]] = []
@@ -219,7 +224,7 @@ def columns(chain: ChainCost, limit_seconds: float) -> list[Column]:
 
 
 def _columns_from(
-    chain: ChainCost, rank: int, first: int, least_end: int, plain: list[float], longest: float
+    chain: ChainCost, rank: int, first: int, least_end: int, plain: tuple[float, ...], longest: float
 ) -> Iterator[Column]:
     p, length = chain.layout.pipeline, len(plain) - 1
     last_rank = rank == p - 1

@@ -25,7 +25,11 @@ stages without transfers (``pytest tests/test_pipeline.py``).
 Interleaved 1F1B of v virtual stages per rank with equal chunks (Narayanan et al. 2021,
 section 2.2; exact for equal ranks)::
 
-      sum_s t_s / v + (M - 1 / v) max_s t_s + 2 (p v - 1) l
+      sum_s t_s / v + (M - 1 / v) max_s t_s + 2 (p v - 1) l + 2 M v e
+
+The last term is what each of the 2 M v transfers of a rank costs although its neighbours keep
+busy: e = max(0, l - c) + contention * min(l, c), c being the mean time of a rank's pass over one
+chunk (a transfer hides behind one, and slows it down a little).
 """
 
 from __future__ import annotations
@@ -119,17 +123,25 @@ def one_f_one_b_seconds(
 
 
 def interleaved_seconds(
-    seconds: Sequence[float], transfer: float, micro_batches: int, virtual_stages: int
+    seconds: Sequence[float],
+    transfer: float,
+    micro_batches: int,
+    virtual_stages: int,
+    *,
+    contention: float,
 ) -> float:
     """Step time of interleaved 1F1B.
 
     Args:
         seconds: forward and backward of one micro-batch through all chunks of each rank.
         transfer: one-way seconds of the slowest boundary.
+        contention: share of a hidden transfer that slows the computation it hides behind.
     """
     p, v = len(seconds), virtual_stages
     compute = sum(seconds) / v + (micro_batches - 1 / v) * max(seconds)
-    return compute + 2 * (p * v - 1) * transfer
+    chunk = max(seconds) / (2 * v)
+    exposed = max(0.0, transfer - chunk) + contention * min(transfer, chunk)
+    return compute + 2 * (p * v - 1) * transfer + 2 * micro_batches * v * exposed
 
 
 def least_seconds(
@@ -138,7 +150,7 @@ def least_seconds(
     """A lower bound on either form when the stages' times add up to ``work``.
 
     1F1B: the lock-step path over all stages, and the bottleneck path of a stage of at least
-    ``largest`` seconds. Interleaved: no stage is shorter than the mean.
+    ``largest`` seconds. Interleaved: no rank is shorter than the mean or than its largest block.
     """
     top = max(work / stages, largest)
     if virtual_stages > 1:

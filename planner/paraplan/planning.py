@@ -150,7 +150,7 @@ def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
     reason = check_layout(problem.space, layout)
     if reason:
         raise InputError(f"impossible layout: {reason}")
-    found = estimate_layout(problem, layout, request.time_limit_seconds)
+    found = estimate_layout(problem, layout)
     return describe(problem, found, no_proof(time.perf_counter() - began), (), notes)
 
 

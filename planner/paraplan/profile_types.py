@@ -54,6 +54,12 @@ def _fraction(figure: Figure) -> Figure:
     return figure
 
 
+def _share(figure: Figure) -> Figure:
+    if figure.value > 1:
+        raise ValueError(f"value is {figure.value:g}; a share of at most 1 is wanted")
+    return figure
+
+
 def _whole(figure: Figure) -> Figure:
     if figure.value < 1 or figure.value != int(figure.value):
         raise ValueError(f"value is {figure.value:g}; a whole number of at least 1 is wanted")
@@ -65,6 +71,9 @@ Positive = Annotated[Figure, AfterValidator(_positive)]
 
 Fraction = Annotated[Figure, AfterValidator(_fraction)]
 """A figure in (0, 1], such as an efficiency."""
+
+Share = Annotated[Figure, AfterValidator(_share)]
+"""A figure in [0, 1], such as a loss."""
 
 Whole = Annotated[Figure, AfterValidator(_whole)]
 """A count of at least one."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from paraplan.best_cuts import best_cuts
 from paraplan.block_cost import BlockCompute, Numerics, block_compute, block_cost
 from paraplan.cluster import Cluster
 from paraplan.device import Device
@@ -24,6 +25,7 @@ from paraplan.layouts import Constraints, Family, Space, enumerate_families
 from paraplan.partition import (
     Staged,
     columns,
+    columns_of,
     fixed_cuts,
     improve,
     smallest_bottleneck,
@@ -33,12 +35,13 @@ from paraplan.partition import (
 )
 from paraplan.pipeline import least_seconds
 from paraplan.plan_file import Layout, Workload
-from paraplan.solver import SOLVER, Candidate, solve_mip
+from paraplan.solver import SOLVER, Candidate, Solution, solve_mip
 from paraplan.stage_cost import ChainCost, ChainShape, chain_shape
 from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES
 
 SAME = 1 + 1e-9  # relative slack under which two step times count as equal
-POOL = 1.05  # layouts without a choice enter the program if this close to the best
+NEAR = 1.005  # layouts whose best stages come this close to the best enter the program
+MOST_NEAR = 4  # plans of a layout whose columns it may combine
 
 
 @dataclass(frozen=True)
@@ -146,17 +149,11 @@ def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
         )
         for compute, variant in zip(computes_of(problem, layout), variants, strict=True)
     )
-    sequences = layout.micro_batch_size / layout.context
-    split = layout.tensor if layout.sequence_parallel else 1
-    cuts = [0.0] * (len(graph.chain) + 1)
-    if layout.pipeline > 1:
-        cuts = [graph.cut_bytes(i, sequences) / split for i in range(len(graph.chain) + 1)]
     return ChainCost(
         graph=graph,
         shape=problem.shape,
         layout=layout,
         costs=costs,
-        cut_bytes=tuple(cuts),
         cluster=problem.cluster,
         device=problem.device,
         numerics=problem.numerics,
@@ -171,9 +168,8 @@ def _family_bound(problem: Problem, family: Family) -> float:
     times = [c.forward.total + c.backward.total for c in computes_of(problem, layout)]
     counts = [before[-1] for before in problem.shape.counts_before]
     work = sum(n * t for n, t in zip(counts, times, strict=True))
-    largest = max(times) if layout.virtual_stages == 1 else 0.0
     return least_seconds(
-        work, layout.pipeline, layout.micro_batches, layout.virtual_stages, largest
+        work, layout.pipeline, layout.micro_batches, layout.virtual_stages, max(times)
     )
 
 
@@ -301,74 +297,96 @@ def _examine(chain: ChainCost, bound: float, progress: _Progress) -> None:
 def _decide(
     progress: _Progress, time_limit_seconds: float
 ) -> tuple[Found, list[Found], float, bool, int]:
-    """The integer program over what is undecided, then the runner-ups one by one."""
-    limit = progress.upper[0] * SAME
-    closed = [f for f in progress.closed if f.staged.step_seconds <= limit * POOL]
-    pool = [(bound, chain, first) for bound, chain, first in progress.open if bound <= limit]
+    """The integer program over what is undecided, then the runner-ups.
+
+    Every undecided layout is first brought to its exact best stages (`best_cuts`). Those close to
+    the best enter the program, with the columns of their best few plans and that exact optimum
+    as the valid bound; layouts without a choice enter as constants.
+    """
+    top = progress.upper[0]
+    known = [f for f in progress.closed if f.staged.step_seconds <= top * NEAR]
     candidates = [
         Candidate(f.layout.pipeline, f.layout.micro_batches, 0.0, f.staged.step_seconds)
-        for f in closed
+        for f in known
     ]
-    chains = [f.chain for f in closed]
-    for bound, chain, _ in pool:
-        found = columns(chain, limit)
-        if found:
-            layout = chain.layout
-            candidates.append(
-                Candidate(layout.pipeline, layout.micro_batches, bound, None, tuple(found))
-            )
-            chains.append(chain)
+    for bound, chain, first in sorted(progress.open, key=lambda entry: entry[0]):
+        if bound >= top * SAME:
+            break
+        near = near_best_stages(chain, first, top * NEAR)
+        first = near[0]
+        top = min(top, first.step_seconds)
+        if first.step_seconds <= top * NEAR:
+            known.append(Found(chain.layout, chain, first))
+            candidates.append(_candidate(chain, near))
     solution = solve_mip(
-        candidates, scale_seconds=progress.upper[0], time_limit_seconds=time_limit_seconds
+        candidates, scale_seconds=top, time_limit_seconds=time_limit_seconds
     )
-    known = [*progress.closed, *(Found(c.layout, c, first) for _, c, first in progress.open)]
-    if solution.candidate is not None and solution.columns:
-        chain = chains[solution.candidate]
-        found_by_solver = staged(chain, (0, *(q.end for q in solution.columns)))
-        assert found_by_solver is not None, "columns that break memory do not exist"
-        known.append(Found(chain.layout, chain, found_by_solver))
-    best = min(known, key=lambda f: f.staged.step_seconds)
+    best = _chosen(known, solution)
     bound = min(solution.bound_seconds, best.staged.step_seconds)
-    others = _runner_ups(progress, best, time_limit_seconds)
+    others = _runner_ups(progress, best)
     return best, others, bound, solution.optimal, len(candidates)
 
 
-def _runner_ups(progress: _Progress, best: Found, time_limit_seconds: float) -> list[Found]:
-    """The next best layouts, each with its best stages, in order."""
-    exact = [f for f in progress.closed if f.layout != best.layout]
-    waiting = sorted(
-        ((b, c, f) for b, c, f in progress.open if c.layout != best.layout),
-        key=lambda entry: entry[0],
-    )
-    for bound, chain, first in waiting:
-        exact.sort(key=lambda f: f.staged.step_seconds)
-        if len(exact) >= progress.wanted and (
-            progress.wanted == 0 or bound >= exact[progress.wanted - 1].staged.step_seconds
-        ):
-            break
-        exact.append(best_stages(chain, first, time_limit_seconds))
-    exact.sort(key=lambda f: f.staged.step_seconds)
-    return exact[: progress.wanted]
-
-
-def best_stages(chain: ChainCost, first: Staged, time_limit_seconds: float) -> Found:
-    """The best cuts of one 1F1B layout, starting from a solution that fits."""
+def _candidate(chain: ChainCost, near: list[Staged]) -> Candidate:
+    """A 1F1B layout for the program, with the columns of its best few plans to combine."""
     layout = chain.layout
-    found = columns(chain, first.step_seconds * SAME)
-    candidate = Candidate(layout.pipeline, layout.micro_batches, 0.0, None, tuple(found))
-    solution = solve_mip(
-        [candidate],
-        scale_seconds=first.step_seconds,
-        time_limit_seconds=time_limit_seconds,
+    pool = {(q.rank, q.end, q.first): q for plan in near for q in columns_of(chain, plan)}
+    bound = near[0].step_seconds / SAME
+    return Candidate(
+        layout.pipeline, layout.micro_batches, bound, None, tuple(pool.values())
     )
-    if solution.columns:
-        solved = staged(chain, (0, *(q.end for q in solution.columns)))
-        if solved is not None and solved.step_seconds < first.step_seconds:
-            first = solved
-    return Found(layout, chain, first)
 
 
-def estimate_layout(problem: Problem, layout: Layout, time_limit_seconds: float = 60.0) -> Found:
+def _chosen(known: list[Found], solution: Solution) -> Found:
+    """What the program picked; the best known plan if its time was up before it had one."""
+    if solution.candidate is None:
+        return min(known, key=lambda f: f.staged.step_seconds)
+    found = known[solution.candidate]
+    if not solution.columns:
+        return found
+    solved = staged(found.chain, (0, *(q.end for q in solution.columns)))
+    assert solved is not None, "columns that break memory do not exist"
+    return replace(found, staged=solved)
+
+
+def _runner_ups(progress: _Progress, best: Found) -> list[Found]:
+    """The next best layouts found, each with its best stages, in order."""
+    others = [f for f in progress.closed if f.layout != best.layout]
+    others += [Found(c.layout, c, f) for _, c, f in progress.open if c.layout != best.layout]
+    others.sort(key=lambda f: f.staged.step_seconds)
+    nearest = [
+        f if fixed_cuts(f.chain) else best_stages(f.chain, f.staged)
+        for f in others[: progress.wanted]
+    ]
+    return sorted(nearest, key=lambda f: f.staged.step_seconds)
+
+
+def near_best_stages(chain: ChainCost, first: Staged, limit_seconds: float) -> list[Staged]:
+    """The best stages of one 1F1B layout, then other good ones, none slower than the limit.
+
+    Args:
+        first: stages that fit; returned alone if nothing below the limit is better.
+    """
+    layout = chain.layout
+    limit = min(limit_seconds, first.step_seconds * NEAR)
+    found = best_cuts(
+        columns(chain, limit),
+        stages=layout.pipeline,
+        micro_batches=layout.micro_batches,
+        length=len(chain.shape.kind_at),
+        limit_seconds=limit,
+    )
+    good = [s for s in (staged(chain, cuts) for cuts in found[:MOST_NEAR]) if s]
+    return good if good and good[0].step_seconds <= first.step_seconds else [first]
+
+
+def best_stages(chain: ChainCost, first: Staged) -> Found:
+    """The best stages of one 1F1B layout, given some that fit."""
+    best = near_best_stages(chain, first, first.step_seconds * SAME)[0]
+    return Found(chain.layout, chain, best)
+
+
+def estimate_layout(problem: Problem, layout: Layout) -> Found:
     """One layout with its best stages and recomputation, whether it fits or not.
 
     A layout that does not fit is shown at the smallest capacity at which it would.
@@ -387,7 +405,7 @@ def estimate_layout(problem: Problem, layout: Layout, time_limit_seconds: float 
         assert bottleneck is not None, "the needed capacity suffices"
     first = improve(chain, bottleneck[1])
     assert first is not None, "smallest_bottleneck returned cuts that fit"
-    return best_stages(chain, first, time_limit_seconds)
+    return best_stages(chain, first)
 
 
 def needed_capacity_bytes(chain: ChainCost) -> float:

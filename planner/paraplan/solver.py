@@ -27,26 +27,30 @@ Program::
               T[c] + G[c] >= bound[c] y[c]                             valid cut, tightens
 
 with f[c,s] = sum_{q in Q[c,s]} f_q z[q], and so for b and l. Columns that break a stage's memory
-do not exist. Solved by HiGHS through OR-tools MathOpt (`_mip`); times are scaled to the incumbent
-so that the solver's tolerances are relative ones.
+do not exist. Paths are written over running sums of f, b and l, which keeps the rows short.
+Solved by HiGHS through OR-tools MathOpt; times are scaled to the incumbent so that
+the solver's tolerances are relative ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from paraplan.partition import Column
-from paraplan.pipeline import critical_paths
+from paraplan.pipeline import Path, critical_paths
 
 if TYPE_CHECKING:
     from ortools.math_opt.python import mathopt
 
 SOLVER = "HiGHS (OR-tools MathOpt)"
-RELATIVE_GAP = 1e-6
+RELATIVE_GAP = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,8 @@ def solve_mip(
             picked.append([])
             continue
         pairs, seconds = _add_layout(model, candidate, y, scale_seconds)
+        bound = candidate.bound_seconds / scale_seconds
+        model.add_linear_constraint(seconds >= bound * y)
         picked.append(pairs)
         objective.append(seconds)
     model.minimize(mathopt.fast_sum(objective))
@@ -115,22 +121,24 @@ def solve_mip(
         time_limit=timedelta(seconds=time_limit_seconds),
         relative_gap_tolerance=RELATIVE_GAP,
     )
-    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+    with _quiet_stdout():
+        result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
     optimal = result.termination.reason == mathopt.TerminationReason.OPTIMAL
-    bound = result.termination.objective_bounds.dual_bound * scale_seconds
+    bound_seconds = result.termination.objective_bounds.dual_bound * scale_seconds
     if not result.has_primal_feasible_solution():
-        return Solution(None, (), bound, False)
+        return Solution(None, (), bound_seconds, False)
     values = result.variable_values()
     index = max(range(len(chosen)), key=lambda c: values[chosen[c]])
     columns = sorted(
         (column for column, z in picked[index] if values[z] > 0.5), key=lambda q: q.rank
     )
-    return Solution(index, tuple(columns), bound, optimal)
+    return Solution(index, tuple(columns), bound_seconds, optimal)
 
 
 def _add_layout(
     model: mathopt.Model, candidate: Candidate, y: mathopt.Variable, scale: float
 ) -> tuple[list[tuple[Column, mathopt.Variable]], Any]:
+    """A layout's columns with their variables, and T + G."""
     from ortools.math_opt.python import mathopt
 
     pairs = [(column, model.add_binary_variable()) for column in candidate.columns]
@@ -145,34 +153,62 @@ def _add_layout(
                 mathopt.fast_sum(z for q, z in here if q.end == cut)
                 == mathopt.fast_sum(z for q, z in following if q.first == cut)
             )
-
-    def stage_sums(values: list[list[float]]) -> list[mathopt.Variable]:
-        sums = []
-        for here, numbers in zip(by_rank, values, strict=True):
-            total = model.add_variable(lb=0.0)
-            terms = [number / scale * z for number, (_, z) in zip(numbers, here, strict=True)]
-            model.add_linear_constraint(total == mathopt.fast_sum(terms))
-            sums.append(total)
-        return sums
-
-    forward = stage_sums([[q.cost.forward_seconds for q, _ in here] for here in by_rank])
-    backward = stage_sums([[q.cost.backward_seconds for q, _ in here] for here in by_rank])
-    transfer = stage_sums([[q.transfer_seconds for q, _ in here] for here in by_rank])
+    running = [
+        _running_sums(model, [[(_timings(q)[what] / scale, z) for q, z in r] for r in by_rank])
+        for what in range(3)
+    ]
     pipeline, tail = model.add_variable(lb=0.0), model.add_variable(lb=0.0)
     for path in critical_paths(candidate.stages, candidate.micro_batches):
         terms = [
-            coefficient * variable
-            for coefficients, variables in (
-                (path.forward, forward),
-                (path.backward, backward),
-                (path.transfer, transfer),
-            )
-            for coefficient, variable in zip(coefficients, variables, strict=True)
-            if coefficient
+            term
+            for weights, sums in zip(_weights(path), running, strict=True)
+            for term in _weighted(weights, sums)
         ]
-        model.add_linear_constraint(pipeline >= mathopt.fast_sum(terms))
+        model.add_linear_constraint(pipeline - mathopt.fast_sum(terms) >= 0.0)
     for here in by_rank:
         tails = [q.cost.tail_seconds / scale * z for q, z in here]
-        model.add_linear_constraint(tail >= mathopt.fast_sum(tails))
-    model.add_linear_constraint(pipeline + tail >= candidate.bound_seconds / scale * y)
+        model.add_linear_constraint(tail - mathopt.fast_sum(tails) >= 0.0)
     return pairs, pipeline + tail
+
+
+def _running_sums(
+    model: mathopt.Model, by_rank: list[list[tuple[float, mathopt.Variable]]]
+) -> list[mathopt.Variable]:
+    """Variables for the sums over the first 1, 2, .. stages."""
+    from ortools.math_opt.python import mathopt
+
+    sums: list[mathopt.Variable] = []
+    for here in by_rank:
+        total = model.add_variable(lb=0.0)
+        terms = [number * z for number, z in here] + sums[-1:]
+        model.add_linear_constraint(total == mathopt.fast_sum(terms))
+        sums.append(total)
+    return sums
+
+
+def _weighted(weights: Sequence[float], sums: list[mathopt.Variable]) -> list[Any]:
+    """``sum_s weights[s] * value[s]`` by running sums: a path's weights have few steps."""
+    steps = [w - following for w, following in zip(weights, (*weights[1:], 0.0), strict=True)]
+    return [step * total for step, total in zip(steps, sums, strict=True) if step]
+
+
+def _timings(column: Column) -> tuple[float, float, float]:
+    return column.cost.forward_seconds, column.cost.backward_seconds, column.transfer_seconds
+
+
+def _weights(path: Path) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    return path.forward, path.backward, path.transfer
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """HiGHS writes notes of its own to file descriptor 1, where ``--json`` output belongs."""
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)

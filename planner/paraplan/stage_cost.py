@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 
 from paraplan.block_cost import BlockCost, Numerics, peers
 from paraplan.cluster import Cluster
 from paraplan.collectives import collective_seconds, transfer_seconds
 from paraplan.device import Device
-from paraplan.graph import RECOMPUTE_MODES, ModelGraph, Recompute
+from paraplan.graph import RECOMPUTE_MODES, Amount, ModelGraph, Recompute, cut_amounts
 from paraplan.plan_file import Layout, MemoryParts
 from paraplan.recompute import (
     Choice,
@@ -36,12 +38,14 @@ class ChainShape:
         kind_at: index into ``kinds`` of each chain position.
         roles: role of each kind.
         counts_before: for each kind, how many stand before each position.
+        cuts: bytes that cross the cut in front of each position.
     """
 
     kinds: tuple[str, ...]
     kind_at: tuple[int, ...]
     roles: tuple[str, ...]
     counts_before: tuple[tuple[int, ...], ...]
+    cuts: tuple[Amount, ...]
 
 
 def chain_shape(graph: ModelGraph) -> ChainShape:
@@ -56,7 +60,7 @@ def chain_shape(graph: ModelGraph) -> ChainShape:
             running.append(running[-1] + (here == kind))
         counts.append(tuple(running))
     roles = tuple(graph.blocks[kind].role for kind in kinds)
-    return ChainShape(kinds, kind_at, roles, tuple(counts))
+    return ChainShape(kinds, kind_at, roles, tuple(counts), cut_amounts(graph))
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,14 @@ class ChainCost:
 
     Attributes:
         costs: by kind, in the order of ``shape.kinds``.
-        cut_bytes: what crosses the cut in front of each chain position, one micro-batch.
-        cut_seconds: transfer time of ``cut_bytes``, by whether the cut lies between nodes.
         modes: recompute modes that layers may use.
-        budget_bytes: what a device may allocate before fragmentation and framework.
+        memo: stage costs found so far (filled on use).
     """
 
     graph: ModelGraph
     shape: ChainShape
     layout: Layout
     costs: tuple[BlockCost, ...]
-    cut_bytes: tuple[float, ...]
     cluster: Cluster
     device: Device
     numerics: Numerics
@@ -83,7 +84,21 @@ class ChainCost:
     modes: tuple[Recompute, ...]
     memo: dict[object, StageCost | None] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
+    def cut_bytes(self) -> tuple[float, ...]:
+        """What crosses the cut in front of each chain position, one micro-batch."""
+        layout = self.layout
+        sequences = layout.micro_batch_size / layout.context
+        split = layout.tensor if layout.sequence_parallel else 1
+        return tuple(amount.at(sequences) / split for amount in self.shape.cuts)
+
+    @cached_property
+    def plain_seconds(self) -> tuple[float, ...]:
+        """Prefix sums along the chain of forward and backward time without recomputation."""
+        each = [cost.forward + cost.backward["none"] for cost in self.costs]
+        return tuple(accumulate((each[kind] for kind in self.shape.kind_at), initial=0.0))
+
+    @cached_property
     def budget_bytes(self) -> float:
         """Bytes that parts other than framework and fragmentation may add up to."""
         usable = self.capacity_bytes - self.device.framework_memory_bytes.value

@@ -1,0 +1,76 @@
+"""Which modules of a model repeat, and which of them do the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# Attributes that number a layer and change nothing that it computes.
+_POSITIONS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
+# Less of the parameters than this share is no stack of layers (notes of the prototype: 5 %).
+_LEAST_SHARE = 0.05
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated layers by module path: children of the outermost big containers."""
+    total = sum(p.numel() for p in model.parameters())
+    found: dict[str, nn.Module] = {}
+    for path, container in _containers(model, ""):
+        if sum(p.numel() for p in container.parameters()) > _LEAST_SHARE * total:
+            found.update({f"{path}.{n}".lstrip("."): c for n, c in container.named_children()})
+    return found
+
+
+def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        below = f"{path}.{name}".lstrip(".")
+        if isinstance(child, nn.ModuleList) or _is_stack(child):
+            yield below, child
+        else:
+            yield from _containers(child, below)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A ``Sequential`` of blocks, which are neither single ops nor all different."""
+    if not isinstance(module, nn.Sequential) or len(module) < 2:
+        return False
+    kinds = {type(child) for child in module}
+    return len(kinds) < len(module) and all(
+        any(True for _ in child.children()) for child in module
+    )
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for two modules that launch the same kernels on equal inputs.
+
+    Classes, parameter shapes, and attributes that can steer the computation. A float counts
+    only as zero or not: a scale or a dropout rate changes no shape.
+    """
+    parts: list[Any] = []
+    for path, sub in module.named_modules():
+        attributes = tuple(
+            (name, _essence(value))
+            for name, value in sorted(vars(sub).items())
+            if not name.startswith("_") and name not in _POSITIONS and _steers(value)
+        )
+        tensors = tuple(
+            (name, tuple(t.shape), str(t.dtype), t.requires_grad)
+            for name, t in [*sub._parameters.items(), *sub._buffers.items()]
+            if t is not None
+        )
+        parts.append((path, type(sub), attributes, tensors))
+    return tuple(parts)
+
+
+def _steers(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple))
+
+
+def _essence(value: Any) -> Any:
+    if isinstance(value, float):
+        return value != 0.0
+    if isinstance(value, tuple):
+        return str(value)
+    return value

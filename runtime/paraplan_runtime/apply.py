@@ -1,0 +1,151 @@
+"""This file applies a plan to a model. The order: check, cut into stages, tensor, recompute, shard.
+
+Cutting comes first, so that no rank moves or splits what it does not hold. Tensor parallelism
+splits parameters before FSDP shards them. Recomputation wraps the layers' forward, inside of
+FSDP's hooks. The stage's own hooks come last, in front of FSDP's.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from paraplan.plan_file import Plan
+from torch import nn
+
+from paraplan_runtime.check import check_model, check_plan
+from paraplan_runtime.gradients import (
+    GradientStash,
+    Parameter,
+    make_clipping_global,
+)
+from paraplan_runtime.loss import GlobalLoss
+from paraplan_runtime.mesh import Ranks, build_ranks, join
+from paraplan_runtime.model import ParallelModel
+from paraplan_runtime.recompute import apply_recompute
+from paraplan_runtime.schedule import Runner
+from paraplan_runtime.shard import COMPUTE_DTYPES, shard
+from paraplan_runtime.stage import StagePaths, cut, stage_paths
+from paraplan_runtime.tensor import TensorPlan, apply_tensor_parallel, tensor_plan
+from paraplan_runtime.tied import TiedWeights, find_tied
+
+
+def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None) -> ParallelModel:
+    """Apply ``plan`` to ``model`` on every rank of the job.
+
+    Every rank calls this with the same model, equally initialised, and uses what it returns in
+    its place; the optimizer takes the returned model's ``parameters()``.
+
+    Args:
+        model: the whole model.
+        plan: made for it.
+        device_type: ``cuda`` or ``cpu``; by default ``cuda`` when a GPU is visible.
+
+    Raises:
+        InputError: the plan cannot be applied to this model or job, with the reason.
+    """
+    check_plan(plan)
+    device = join(device_type)
+    ranks = build_ranks(plan.layout, device)
+    stages = stage_paths(plan, model)
+    check_model(model, plan, stages)
+    splits = tensor_plan(model, plan, stages)
+    tied = find_tied(model, stages)
+    loss = _take_over_loss(model, ranks, splits)
+    signature = inspect.signature(model.forward)
+    models = [
+        (_prepare_stage(model, stages, index, plan, ranks, splits, tied), stages[index])
+        for index in range(ranks.place("pipeline"), len(stages), plan.layout.pipeline)
+    ]
+    runner = Runner(ranks, models, COMPUTE_DTYPES[plan.workload.precision])
+    parameters = _own_parameters(models, splits, tied)
+    make_clipping_global()
+
+    def finish(stash: GradientStash) -> None:
+        if plan.layout.tensor > 1:
+            stash.sum_parts(ranks.group("tensor"))
+        tied.exchange(stash, ranks)
+
+    parallel = ParallelModel(
+        plan,
+        ranks,
+        runner,
+        parameters,
+        loss=loss,
+        signature=signature,
+        spread_output=splits.head is not None,
+        finish_gradients=finish,
+        hidden_width=_hidden_width(model),
+    )
+    return parallel.train(model.training)
+
+
+def _prepare_stage(
+    model: nn.Module,
+    stages: tuple[StagePaths, ...],
+    index: int,
+    plan: Plan,
+    ranks: Ranks,
+    splits: TensorPlan,
+    tied: TiedWeights,
+) -> nn.Module:
+    paths = stages[index]
+    part = cut(model, stages, index)
+    if plan.workload.precision != "fp32":
+        part.float()  # master weights
+    if plan.layout.tensor > 1:
+        apply_tensor_parallel(part, paths, splits, ranks)
+    for path, mode in zip(paths.layers, plan.stages[index].recompute, strict=True):
+        apply_recompute(part.get_submodule(path), mode)
+    groups = [part.get_submodule(path) for path in (*paths.layers, *paths.others)]
+    alone = [module for module in groups if not tied.holds(module) and _is_large(module)]
+    shard(
+        part,
+        alone,
+        ranks,
+        zero_stage=plan.layout.zero_stage,
+        precision=plan.workload.precision,
+    )
+    return part
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Whether gathering it apart is worth a message: not for a norm's one vector."""
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _take_over_loss(model: nn.Module, ranks: Ranks, splits: TensorPlan) -> GlobalLoss | None:
+    """Put the global loss in the model's ``loss_function``; None for a model without one."""
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is None:
+        return None
+    mesh = ranks.tensor_mesh if splits.head is not None else None
+    loss = GlobalLoss(str(loss_type), mesh)
+    model.loss_function = loss  # type: ignore[assignment]
+    return loss
+
+
+def _own_parameters(
+    models: list[tuple[nn.Module, StagePaths]], splits: TensorPlan, tied: TiedWeights
+) -> tuple[Parameter, ...]:
+    result: list[Parameter] = []
+    for model, _ in models:
+        for path, value in model.named_parameters():
+            name = tied.name_of(path)
+            result.append(
+                Parameter(
+                    name=name,
+                    value=value,
+                    sum_over_tensor=splits.is_partial(path),
+                    stages=tied.stages_of(name),
+                )
+            )
+    return tuple(result)
+
+
+def _hidden_width(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+

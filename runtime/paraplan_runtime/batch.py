@@ -1,0 +1,163 @@
+"""One global batch, seen by every rank: which rows this rank computes, in which micro-batches.
+
+The script runs as on a single device, so every rank holds the whole batch. A rank takes its own
+rows; when the rows do not divide, the last ones are filled up with copies of the last real row
+whose labels are all ignored, so that every rank runs the same number of equal micro-batches
+(collectives and pipeline transfers need that) and the sum over real targets is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from paraplan.errors import InputError
+from paraplan.plan_file import Layout
+
+IGNORED_LABEL = -100
+"""The label that torch's cross entropy and transformers' losses skip by default."""
+
+CHECKED_BATCHES = 3
+"""Batches whose checksums the ranks compare; a script that reads different data does so at once."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a global batch is cut.
+
+    Attributes:
+        rows: sequences of the global batch.
+        micro_batch_size: rows of one micro-batch on one data rank.
+        micro_batches: micro-batches of each data rank.
+        data_ranks: ranks that take different rows.
+    """
+
+    rows: int
+    micro_batch_size: int
+    micro_batches: int
+    data_ranks: int
+
+    def row_indices(self, data_index: int, micro_batch: int) -> torch.Tensor:
+        """Global rows of one micro-batch; indices of ``rows`` and above are filling."""
+        first = (data_index * self.micro_batches + micro_batch) * self.micro_batch_size
+        return torch.arange(first, first + self.micro_batch_size)
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows with the filling."""
+        return self.data_ranks * self.micro_batches * self.micro_batch_size
+
+
+def split_rows(rows: int, layout: Layout) -> Split:
+    """Cut ``rows`` sequences for ``layout``: as planned when they are as many as planned.
+
+    Otherwise the micro-batches are no larger than planned (the memory was planned for that)
+    and as many as the schedule wants.
+    """
+    share = -(-rows // layout.data_ranks)
+    least = layout.pipeline if layout.pipeline > 1 else 1
+    size = max(1, min(layout.micro_batch_size, share // least))
+    count = max(least, -(-share // size))
+    while not schedule_accepts(layout, count):
+        count += 1
+    return Split(rows, size, count, layout.data_ranks)
+
+
+def schedule_accepts(layout: Layout, micro_batches: int) -> bool:
+    """Whether torch's schedule runs with this many micro-batches.
+
+    ``Schedule1F1B`` wants at least as many as stages; ``ScheduleInterleaved1F1B`` wants whole
+    rounds of ``pipeline`` micro-batches or more (torch/distributed/pipelining/schedules.py).
+    """
+    if layout.pipeline == 1:
+        return True
+    if micro_batches < layout.pipeline:
+        return False
+    return layout.virtual_stages == 1 or micro_batches % (micro_batches // layout.pipeline) == 0
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch: the first dimension of its first tensor.
+
+    Raises:
+        InputError: no tensor, or one without rows.
+    """
+    for value in batch.values():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            if value.shape[0] == 0:
+                raise InputError("the batch has no rows")
+            return int(value.shape[0])
+    raise InputError("the model was called without a tensor that has rows")
+
+
+def take_micro_batch(
+    batch: Mapping[str, Any], split: Split, data_index: int, micro_batch: int, device: torch.device
+) -> dict[str, Any]:
+    """The rows of one micro-batch, on ``device``.
+
+    Tensors whose first dimension is the batch are cut; everything else (a scalar, position ids
+    of one row for all) goes to every micro-batch whole.
+    """
+    indices = split.row_indices(data_index, micro_batch)
+    filled = bool(indices[-1] >= split.rows)
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    taken: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            taken[name] = value
+        elif value.ndim == 0 or value.shape[0] != split.rows:
+            taken[name] = value.to(device, non_blocking=True)
+        elif filled:
+            rows = value[indices.clamp(max=split.rows - 1).to(value.device)].to(device)
+            if name == "labels":
+                rows[(indices >= split.rows).to(device)] = IGNORED_LABEL
+            taken[name] = rows
+        else:
+            taken[name] = value[first:last].to(device, non_blocking=True)
+    return taken
+
+
+def checksum(batch: Mapping[str, Any]) -> torch.Tensor:
+    """A 64-bit fingerprint of every tensor's shape and content, shape ``(1 + tensors,)``.
+
+    The first number covers names and shapes; the others weigh each element's bits by its
+    position, so that permuted rows differ too.
+    """
+    names = []
+    sums = []
+    for name, value in sorted(batch.items()):
+        if not isinstance(value, torch.Tensor):
+            continue
+        names.append(f"{name}{tuple(value.shape)}{value.dtype}")
+        flat = value.detach().reshape(-1)
+        if flat.is_floating_point():
+            flat = flat.double().view(torch.int64)
+        weights = torch.arange(flat.numel(), device=flat.device) * 2654435761 + 1
+        sums.append((flat.long() * weights).sum().cpu())
+    # Not hash(): Python salts it per process.
+    text = sum(byte * 31**position % 2**61 for position, byte in enumerate("".join(names).encode()))
+    return torch.stack([torch.tensor(text % 2**61), *sums])
+
+
+def check_ranks_agree(batch: Mapping[str, Any], device: torch.device) -> None:
+    """Compare the batch of all ranks.
+
+    Raises:
+        InputError: two ranks hold different batches, on every rank.
+    """
+    mine = checksum(batch)
+    total = torch.tensor([len(mine), int(mine[0]), int(mine.sum())], device=device)
+    everyone = [torch.empty_like(total) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, total)
+    rows = [[int(number) for number in row] for row in everyone]
+    for rank, row in enumerate(rows):
+        if row != rows[0]:
+            what = "shapes or names" if row[:2] != rows[0][:2] else "values"
+            raise InputError(
+                f"ranks read different batches: rank {rank} and rank 0 differ in {what}",
+                hint="every rank must read the same global batch: seed the sampler alike and use "
+                "no DistributedSampler",
+            )

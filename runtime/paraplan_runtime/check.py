@@ -1,0 +1,115 @@
+"""Plan against model and machine, before anything is touched; each refusal in one line."""
+
+from __future__ import annotations
+
+
+import torch
+from paraplan.errors import InputError
+from paraplan.plan_file import Plan, unsupported_fields
+from torch import nn
+
+from paraplan_runtime.batch import schedule_accepts
+from paraplan_runtime.loss import TOKEN_LOSSES
+from paraplan_runtime.stage import StagePaths
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse what the runtime cannot apply to any model.
+
+    Raises:
+        InputError: with the reason.
+    """
+    fields = unsupported_fields(plan.layout)
+    if fields:
+        raise InputError(f"the runtime cannot apply {' and '.join(fields)} parallelism yet")
+    layout = plan.layout
+    if not schedule_accepts(layout, layout.micro_batches):
+        raise InputError(
+            f"micro_batches({layout.micro_batches}) does not go with pipeline({layout.pipeline}) "
+            f"and {layout.schedule}: torch's schedule wants "
+            + (
+                "at least as many as stages"
+                if layout.micro_batches < layout.pipeline
+                else "whole rounds of pipeline micro-batches"
+            )
+        )
+
+
+def check_model(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    """Refuse a plan that does not fit the model.
+
+    Raises:
+        InputError: with the reason.
+    """
+    for check in (_paths, _coverage, _layers, _dtype, _norms, _loss, _routing):
+        check(model, plan, stages)
+
+
+def _paths(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    known = dict(model.named_modules(remove_duplicate=False))
+    for stage in plan.stages:
+        for path in stage.modules:
+            if path not in known:
+                raise InputError(
+                    f"stage {stage.index} names {path!r}, which {type(model).__name__} does not "
+                    "have",
+                    hint="make the plan for this model",
+                )
+
+
+def _coverage(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    owned = [path for stage in plan.stages for path in stage.modules]
+    for path, _ in model.named_parameters():
+        if not any(path.startswith(f"{module}.") for module in owned):
+            raise InputError(f"parameter {path!r} is in no stage of the plan")
+
+
+def _layers(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    for stage, paths in zip(plan.stages, stages, strict=True):
+        if len(paths.layers) != stage.layers:
+            raise InputError(
+                f"stage {stage.index} has {stage.layers} layers, {len(paths.layers)} of its "
+                "modules are layers"
+            )
+        if not paths.layers:
+            raise InputError(f"stage {stage.index} has no layer: the runtime needs one in each")
+
+
+def _dtype(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    found = {parameter.dtype for parameter in model.parameters()}
+    if plan.workload.precision == "fp32" and found != {torch.float32}:
+        names = ", ".join(sorted(str(dtype) for dtype in found))
+        raise InputError(f"the plan is for fp32, the model's parameters are {names}")
+
+
+def _norms(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    split = plan.layout.data_ranks * plan.layout.micro_batches > 1
+    for path, module in model.named_modules():
+        if split and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"{path} is a batch norm: its statistics of a micro-batch are not those of the "
+                "global batch"
+            )
+
+
+def _loss(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    loss_type = getattr(model, "loss_type", None)
+    is_pretrained = any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+    if is_pretrained and loss_type is not None and loss_type not in TOKEN_LOSSES:
+        raise InputError(
+            f"the loss {loss_type!r} of {type(model).__name__} is not a mean over targets that "
+            f"the runtime knows ({', '.join(TOKEN_LOSSES)})"
+        )
+
+
+def _routing(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    config = getattr(model, "config", None)
+    split = plan.layout.data_ranks * plan.layout.micro_batches > 1
+    if split and getattr(config, "output_router_logits", False):
+        raise InputError(
+            "output_router_logits adds a load-balancing loss that is not a sum over rows, so "
+            "micro-batches cannot compute it",
+            hint="set output_router_logits=False",
+        )
+
+

@@ -1,0 +1,123 @@
+"""The loss of the global batch: each micro-batch gives its part of one sum over all targets.
+
+A model of transformers computes its loss through ``model.loss_function``. The runtime puts an
+object of this module there: it divides the micro-batch's sum by the number of targets of the
+*global* batch, so that the parts of all ranks and micro-batches add up to the loss, and to the
+gradients, of one device, however unevenly padding is spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from paraplan.errors import InputError
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+
+from paraplan_runtime.batch import IGNORED_LABEL
+
+TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
+"""``loss_type`` of transformers' models whose loss is a mean of cross entropies over targets."""
+
+
+class GlobalLoss:
+    """Takes the place of a model's ``loss_function``.
+
+    Args:
+        loss_type: one of ``TOKEN_LOSSES``.
+        tensor_mesh: the ranks that share the vocabulary, when the head is split over them.
+    """
+
+    def __init__(self, loss_type: str, tensor_mesh: DeviceMesh | None = None) -> None:
+        self.shifts = loss_type == "ForCausalLM"
+        self.tensor_mesh = tensor_mesh
+        self.targets: torch.Tensor | None = None
+        self.calls = 0
+
+    def count_targets(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Targets of the global batch, or the caller's own ``num_items_in_batch``.
+
+        Raises:
+            InputError: the labels are not integers.
+        """
+        given = batch.pop("num_items_in_batch", None)
+        if given is not None:
+            return torch.as_tensor(given)
+        labels = batch.get("shift_labels")
+        if labels is None:
+            labels = batch["labels"][..., 1:] if self.shifts else batch["labels"]
+        if labels.is_floating_point():
+            raise InputError(
+                "the labels are floating-point: the runtime normalises cross entropies only",
+                hint="call the model without labels and compute the loss from the outputs",
+            )
+        return (labels != IGNORED_LABEL).sum()
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """This micro-batch's part of the global loss, a scalar in fp32.
+
+        Args:
+            logits: ``(rows, sequence, vocabulary)``, or this rank's slice of the vocabulary.
+            labels: ``(rows, sequence)``; ``shift_labels`` in ``kwargs`` takes precedence.
+        """
+        if self.targets is None:
+            raise RuntimeError("count_targets must run before the model")
+        self.calls += 1
+        targets = kwargs.get("shift_labels")
+        if targets is None:
+            targets = labels
+            if self.shifts:
+                targets = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+        ignored = kwargs.get("ignore_index", IGNORED_LABEL)
+        flat = logits.float().reshape(-1, logits.shape[-1])
+        total = self._summed(flat, targets.reshape(-1).to(logits.device), ignored)
+        return total / self.targets.to(logits.device)
+
+    def _summed(self, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
+        if self.tensor_mesh is None:
+            return functional.cross_entropy(
+                logits, targets, ignore_index=ignored, reduction="sum"
+            )
+        spread = DTensor.from_local(logits, self.tensor_mesh, [Shard(1)], run_check=False)
+        with loss_parallel():
+            total = functional.cross_entropy(
+                spread, targets, ignore_index=ignored, reduction="sum"
+            )
+        return total.to_local() if isinstance(total, DTensor) else total
+
+
+class _ReturnedLoss(torch.autograd.Function):
+    """A loss whose gradients are already computed; its backward hands them out, scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, anchor: torch.Tensor, install: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.install = install
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.install(gradient)
+        return None, None, None
+
+
+def returned_loss(
+    value: torch.Tensor, install: Callable[[torch.Tensor], None]
+) -> torch.Tensor:
+    """A scalar equal to ``value``; ``backward()`` calls ``install`` with the incoming gradient."""
+    anchor = torch.zeros((), device=value.device, requires_grad=True)
+    result: torch.Tensor = _ReturnedLoss.apply(value, anchor, install)  # type: ignore[no-untyped-call]
+    return result
+
+
+def sum_over_ranks(value: torch.Tensor, *, contributes: bool) -> torch.Tensor:
+    """The sum of ``value`` over the ranks that contribute, on every rank."""
+    total = value.detach().clone() if contributes else torch.zeros_like(value)
+    dist.all_reduce(total)
+    return total

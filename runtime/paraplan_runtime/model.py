@@ -1,0 +1,279 @@
+"""The model a script holds after ``parallelize``: one device's model, computed by all ranks."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from paraplan.errors import InputError
+from paraplan.plan_file import Plan
+from torch import nn
+
+from paraplan_runtime.batch import (
+    CHECKED_BATCHES,
+    Split,
+    check_ranks_agree,
+    count_rows,
+    split_rows,
+    take_micro_batch,
+)
+from paraplan_runtime.gradients import GradientStash, Parameter, put_back, set_aside
+from paraplan_runtime.loss import GlobalLoss, returned_loss, sum_over_ranks
+from paraplan_runtime.mesh import Ranks
+from paraplan_runtime.outputs import (
+    ParallelOutput,
+    cotangent_rows,
+    gather_output,
+    returned_output,
+)
+from paraplan_runtime.random_state import ModelRandomState
+from paraplan_runtime.schedule import Runner
+from paraplan_runtime.stage import Objective, Step
+
+_log = logging.getLogger("paraplan")
+
+
+class ParallelModel(nn.Module):
+    """Behaves as the whole model on one device; made by ``parallelize``.
+
+    Call it with the global batch on every rank. With labels it returns the global loss; the
+    step's forward and backward have then already run, and ``loss.backward()`` hands out the
+    gradients. Without labels, or for a plain module, a loss computed from the outputs works
+    too, at the cost of a second forward.
+
+    Args:
+        plan: what was applied.
+        ranks: this rank's place.
+        runner: this rank's stages.
+        parameters: this rank's parameters under the whole model's names.
+        loss: the loss of the model, if it computes one itself.
+        signature: the whole model's forward.
+        spread_output: whether the outputs' last dimension is split over the tensor ranks.
+        finish_gradients: adds up what several ranks computed parts or copies of.
+        hidden_width: last dimension of the hidden state between stages, if known.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        runner: Runner,
+        parameters: tuple[Parameter, ...],
+        *,
+        loss: GlobalLoss | None,
+        signature: inspect.Signature,
+        spread_output: bool,
+        finish_gradients: Callable[[GradientStash], None],
+        hidden_width: int | None,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.ranks = ranks
+        self.stages = nn.ModuleList(runner.stages)
+        self._runner = runner
+        self._own = parameters
+        self._loss = loss
+        self._signature = signature
+        self._spread_output = spread_output
+        self._finish_gradients = finish_gradients
+        self._hidden_width = hidden_width
+        self._random_state = ModelRandomState(ranks)
+        self._checked = 0
+        self._noted_size = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.stages[0].model, name)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under the names they have in the whole model.
+
+        Each is a DTensor with this rank's shard; other stages' parameters are not there.
+        """
+        for parameter in self._own:
+            yield (f"{prefix}.{parameter.name}" if prefix else parameter.name), parameter.value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the global batch; arguments are those of the model itself."""
+        batch = self._bind(args, kwargs)
+        rows = count_rows(batch)
+        self._check(batch, rows)
+        split = split_rows(rows, self.ranks.layout)
+        if batch.get("labels") is not None and self._loss is not None:
+            return self._with_loss(batch, split)
+        if self._loss is not None:
+            return ParallelOutput(None, self._outputs(batch, split))
+        return self._outputs(batch, split)()
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        bound = self._signature.bind(*args, **kwargs)
+        batch: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                batch.update(value)
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                raise InputError("a model with *args cannot be called in parallel")
+            else:
+                batch[name] = value
+        batch.pop("return_dict", None)
+        if "use_cache" in self._signature.parameters:
+            # A key-value cache would be filled twice by recomputation and serves no training.
+            batch["use_cache"] = False
+        return batch
+
+    def _check(self, batch: dict[str, Any], rows: int) -> None:
+        if self._checked < CHECKED_BATCHES:
+            self._checked += 1
+            check_ranks_agree(batch, self.ranks.device)
+        planned = self.plan.workload.global_batch
+        if rows != planned and self.training and not self._noted_size:
+            self._noted_size = True
+            if self.ranks.speaks:
+                _log.warning(
+                    "the batch has %d sequences, the plan was made for %d: it trains exactly, "
+                    "but the plan's prediction no longer applies",
+                    rows,
+                    planned,
+                )
+
+    def _with_loss(self, batch: dict[str, Any], split: Split) -> ParallelOutput:
+        loss = self._loss
+        if loss is None:
+            raise RuntimeError("this model computes no loss")
+        loss.targets = loss.count_targets(batch)
+        before = self._random_state.state
+        training = torch.is_grad_enabled()
+        calls = loss.calls
+        step, stash = self._run(batch, split, "loss", backward=training)
+        last = self._runner.holds_last_stage
+        if last and loss.calls == calls:
+            raise InputError(
+                "the model computes its loss without model.loss_function, so the runtime cannot "
+                "normalise it over the global batch",
+                hint="call the model without labels and compute the loss from the outputs",
+            )
+        value = torch.zeros((), device=self.ranks.device)
+        if last:
+            value = torch.stack([step.results[i].float() for i in range(split.micro_batches)]).sum()
+        value = sum_over_ranks(value, contributes=last and self.ranks.place("tensor") == 0)
+        if not training:
+            parts = [
+                step.results[split.micro_batches + i] for i in range(split.micro_batches) if last
+            ]
+            return ParallelOutput(value, partial(self._gather, parts, split))
+        versions = self._versions()
+        again = partial(self._logits_again, batch, split, before, versions)
+        return ParallelOutput(returned_loss(value, stash.install), again)
+
+    def _run(
+        self,
+        batch: dict[str, Any],
+        split: Split,
+        objective: Objective,
+        *,
+        backward: bool,
+        cotangent: Callable[[int], torch.Tensor] | None = None,
+    ) -> tuple[Step, GradientStash]:
+        inputs = dict(batch)
+        if objective != "loss":
+            inputs.pop("labels", None)
+        device = self.ranks.device
+        step = Step(
+            micro_batch=lambda i: take_micro_batch(inputs, split, self.ranks.data_index, i, device),
+            micro_batches=split.micro_batches,
+            objective=objective,
+            backward=backward,
+            autocast=_current_autocast(device.type),
+            cotangent=cotangent,
+        )
+        taken = set_aside(self._own)
+        try:
+            # Backward passes must not run under autocast; each stage's forward enters it again.
+            with (
+                self._random_state.active(),
+                torch.autocast(device.type, enabled=False),
+            ):
+                self._runner.run(step, self._hidden_shape(batch, split))
+            stash = GradientStash(self._own)
+            if backward:
+                self._finish_gradients(stash)
+        finally:
+            put_back(self._own, taken)
+        return step, stash
+
+    def _hidden_shape(self, batch: dict[str, Any], split: Split) -> tuple[int, ...] | None:
+        ids = batch.get("input_ids")
+        if self._hidden_width is None or ids is None or ids.ndim != 2:
+            return None
+        length = int(ids.shape[1])
+        if self.ranks.layout.sequence_parallel:
+            length //= self.ranks.layout.tensor
+        return (split.micro_batch_size, length, self._hidden_width)
+
+    def _gather(self, parts: list[torch.Tensor], split: Split) -> torch.Tensor:
+        return gather_output(
+            parts,
+            split,
+            self.ranks,
+            spread=self._spread_output,
+            last_stage=self._runner.holds_last_stage,
+        )
+
+    def _outputs(self, batch: dict[str, Any], split: Split) -> Callable[[], torch.Tensor]:
+        before = self._random_state.state
+        step, _ = self._run(batch, split, "output", backward=False)
+        parts = [step.results[i] for i in sorted(step.results)]
+        if not torch.is_grad_enabled():
+            return partial(self._gather, parts, split)
+        backward = partial(self._backward_from_outputs, batch, split, before)
+        return lambda: returned_output(self._gather(parts, split), backward)
+
+    def _backward_from_outputs(
+        self, batch: dict[str, Any], split: Split, before: Any, gradient: torch.Tensor
+    ) -> None:
+        """Run the step with gradients, given d loss / d outputs of the global batch."""
+        after, self._random_state.state = self._random_state.state, before
+
+        def cotangent(micro_batch: int) -> torch.Tensor:
+            return cotangent_rows(
+                gradient, split, self.ranks, micro_batch, spread=self._spread_output
+            )
+
+        with torch.enable_grad():
+            _, stash = self._run(batch, split, "cotangent", backward=True, cotangent=cotangent)
+        self._random_state.state = after
+        stash.install(torch.ones((), device=self.ranks.device))
+
+    def _logits_again(
+        self, batch: dict[str, Any], split: Split, before: Any, versions: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Logits of a training step, computed when asked for: keeping them would cost memory."""
+        if self._versions() != versions:
+            raise InputError(
+                "outputs.logits was read after the optimizer changed the parameters",
+                hint="read outputs.logits before optimizer.step()",
+            )
+        after, self._random_state.state = self._random_state.state, before
+        step, _ = self._run(batch, split, "output", backward=False)
+        self._random_state.state = after
+        return self._gather([step.results[i] for i in sorted(step.results)], split)
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter.value._version for parameter in self._own)
+
+
+def _current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    # No cache: it would keep casts of parameters that FSDP frees between micro-batches.
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

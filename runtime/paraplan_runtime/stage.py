@@ -1,0 +1,295 @@
+"""One stage as a module that a schedule can call: the model itself, with the rest cut out.
+
+The model's own forward runs on every stage, so masks and rotary embeddings are computed as the
+model computes them. Modules that live on other stages are replaced: embeddings by a placeholder
+of the right shape, layers and head by identities that keep the indices. The hidden state that a
+stage receives enters at its first layer, whatever the model did to the placeholder before; what
+its last layer returns leaves, whatever the model does afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from paraplan.plan_file import Plan
+from torch import nn
+
+Objective = Literal["loss", "cotangent", "output"]
+
+
+class Identity(nn.Module):
+    """Stands for a layer or head of another stage: returns its first argument."""
+
+    def forward(self, value: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The first argument, or ``hidden_states``."""
+        return kwargs["hidden_states"] if value is None else value
+
+
+class Placeholder(nn.Module):
+    """Stands for an embedding of another stage: zeros of its output's shape, without storage.
+
+    Args:
+        width: size of the last dimension of the embedding's output.
+        dtype: its dtype.
+        extends: whether the output has one dimension more than the input (a table look-up).
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, *, extends: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.dtype = dtype
+        self.extends = extends
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """Zeros of shape ``(*value.shape, width)``, or with the last dimension replaced."""
+        shape = value.shape if self.extends else value.shape[:-1]
+        zero = torch.zeros((), dtype=self.dtype, device=value.device)
+        return zero.expand(*shape, self.width)
+
+
+@dataclass(frozen=True)
+class StagePaths:
+    """Module paths of one stage.
+
+    Attributes:
+        index: of the stage, 0 <= index < ``count``.
+        layers: its repeated layers, in order.
+        others: its other modules (embeddings before, norm and head after).
+    """
+
+    index: int
+    count: int
+    layers: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it reads the batch."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it computes the loss."""
+        return self.index == self.count - 1
+
+
+def is_layer(path: str, model: nn.Module) -> bool:
+    """Whether ``path`` is an element of a list of layers."""
+    parent, _, name = path.rpartition(".")
+    return name.isdigit() and isinstance(
+        model.get_submodule(parent), (nn.ModuleList, nn.Sequential)
+    )
+
+
+def stage_paths(plan: Plan, model: nn.Module) -> tuple[StagePaths, ...]:
+    """The plan's stages with their layers told apart from their other modules."""
+    result = []
+    for stage in plan.stages:
+        layers = tuple(path for path in stage.modules if is_layer(path, model))
+        others = tuple(path for path in stage.modules if path not in layers)
+        result.append(StagePaths(stage.index, len(plan.stages), layers, others))
+    return tuple(result)
+
+
+def cut(model: nn.Module, stages: tuple[StagePaths, ...], index: int) -> nn.Module:
+    """A copy of ``model`` that holds stage ``index`` only; it shares that stage's modules.
+
+    Args:
+        model: the whole model (on any device, meta included); it is not changed.
+    """
+    replacements: dict[str, nn.Module] = {}
+    for stage in stages:
+        if stage.index == index:
+            continue
+        for path in (*stage.layers, *stage.others):
+            module = model.get_submodule(path)
+            if next(module.parameters(), None) is not None:
+                before = stage.is_first and path in stage.others
+                replacements[path] = _stand_in(module) if before else Identity()
+    return replace_modules(model, replacements)
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    dtype = next(module.parameters()).dtype
+    if isinstance(module, nn.Embedding):
+        return Placeholder(module.embedding_dim, dtype, extends=True)
+    if isinstance(module, nn.Linear):
+        return Placeholder(module.out_features, dtype, extends=False)
+    return Identity()
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of ``model`` with other modules at the given paths; all else is shared."""
+    if "" in replacements:
+        return replacements[""]
+    if not replacements:
+        return _shallow_copy(model)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for path, module in replacements.items():
+        name, _, rest = path.partition(".")
+        below.setdefault(name, {})[rest] = module
+    copy = _shallow_copy(model)
+    for name, inner in below.items():
+        child = model._modules[name]
+        if child is None:
+            raise AttributeError(f"no module {name!r} in {type(model).__name__}")
+        copy._modules[name] = replace_modules(child, inner)
+    return copy
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    copy = type(module).__new__(type(module))
+    copy.__dict__ = {
+        name: value.copy() if isinstance(value, dict) else value
+        for name, value in module.__dict__.items()
+    }
+    return copy
+
+
+@dataclass
+class Step:
+    """One pass of a global batch through the stages of this rank.
+
+    Attributes:
+        micro_batch: the inputs of micro-batch ``i``, on the device.
+        micro_batches: how many there are.
+        objective: what the last stage returns: the loss, the product of outputs and given
+            cotangents, or the outputs.
+        cotangent: for that objective, d loss / d output of micro-batch ``i``.
+        backward: whether gradients are computed.
+        autocast: enters the caller's autocast state.
+        results: what the last stage computed, by micro-batch.
+    """
+
+    micro_batch: Callable[[int], dict[str, Any]]
+    micro_batches: int
+    objective: Objective
+    backward: bool
+    autocast: Callable[[], AbstractContextManager[Any]]
+    cotangent: Callable[[int], torch.Tensor] | None = None
+    results: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class StageModule(nn.Module):
+    """What the schedule calls: ``forward(hidden, index=i)`` for micro-batch ``i``.
+
+    Args:
+        model: the cut model.
+        paths: what it holds.
+        backward_begins: called when the backward of a micro-batch starts, with the number of
+            backward passes of this step that have started, that one included.
+    """
+
+    def __init__(
+        self, model: nn.Module, paths: StagePaths, backward_begins: Callable[[int], None]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.paths = paths
+        self._backward_begins = backward_begins
+        self._backwards = 0
+        self._step: Step | None = None
+        self._entering: torch.Tensor | None = None
+        self._leaving: torch.Tensor | None = None
+        # In front of FSDP's own hooks, so that these see the hidden state that really enters.
+        if not paths.is_first:
+            first = model.get_submodule(paths.layers[0])
+            first.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+        if not paths.is_last:
+            model.get_submodule(paths.layers[-1]).register_forward_hook(self._leave)
+
+    def begin(self, step: Step) -> None:
+        """Run the micro-batches of ``step`` from now on."""
+        self._step = step
+        self._backwards = 0
+
+    def end(self) -> None:
+        """Let go of the step's tensors."""
+        self._step = self._entering = self._leaving = None
+
+    def forward(
+        self, hidden: torch.Tensor | None = None, *, index: torch.Tensor | int = 0
+    ) -> torch.Tensor:
+        """Compute one micro-batch.
+
+        Args:
+            hidden: the previous stage's hidden state; None on the first stage.
+            index: which micro-batch.
+
+        Returns:
+            The hidden state, or the objective on the last stage.
+        """
+        step = self._step
+        if step is None:
+            raise RuntimeError("begin() must be called before a stage runs")
+        number = int(index)
+        self._entering = hidden
+        inputs = step.micro_batch(number)
+        if not self.paths.is_last:
+            inputs.pop("labels", None)
+        with step.autocast():
+            output = self.model(**inputs)
+            result = self._objective(step, number, output)
+        self._entering = None
+        if step.backward and result.requires_grad:
+            result.register_hook(self._count_backward)
+        return result
+
+    def _objective(self, step: Step, number: int, output: Any) -> torch.Tensor:
+        if not self.paths.is_last:
+            hidden, self._leaving = self._leaving, None
+            if hidden is None:
+                raise RuntimeError(f"layer {self.paths.layers[-1]} did not run")
+            return hidden
+        if step.objective == "loss":
+            loss = output["loss"]
+            step.results[number] = loss.detach()
+            if not step.backward:
+                step.results[number + step.micro_batches] = main_output(output)
+            return loss  # type: ignore[no-any-return]
+        values = main_output(output)
+        if step.objective == "output":
+            step.results[number] = values
+            return values
+        if step.cotangent is None:
+            raise RuntimeError("this objective needs a cotangent")
+        product = (values.float() * step.cotangent(number).float()).sum()
+        step.results[number] = product.detach()
+        return product
+
+    def _count_backward(self, gradient: torch.Tensor) -> None:
+        self._backwards += 1
+        self._backward_begins(self._backwards)
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._entering, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._entering}
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._leaving = output[0] if isinstance(output, tuple) else output
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The tensor a user computes a loss from: logits, or the only or first output.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            if name != "loss" and isinstance(value, torch.Tensor):
+                return value
+    if isinstance(output, (tuple, list)):
+        for value in output:
+            if isinstance(value, torch.Tensor) and value.ndim > 0:
+                return value
+    raise TypeError(f"the model returned {type(output).__name__} without a tensor of outputs")
