@@ -24,7 +24,6 @@ from fitting import (
     changed,
     figure,
     gemm_op,
-    mean_log_error,
     memory_op,
     minimise,
     report,
@@ -90,14 +89,14 @@ def fit_memory_ops(folder: Path) -> Device:
 
     def device_of(p: dict[str, float]) -> Device:
         update = {name: figure(value) for name, value in p.items()}
-        return changed(base, **update)  # type: ignore[no-any-return]
+        return changed(base, **update)
 
     def pairs_of(p: dict[str, float], of: list[tuple[Op, float]]) -> Pairs:
         device = device_of(p)
         return [(op_seconds(op, 1, device).seconds, seconds) for op, seconds in of]
 
     fitted = minimise(
-        lambda p: mean_log_error(pairs_of(p, cases)),
+        lambda p: pairs_of(p, cases),
         {"memory_efficiency": 0.8, "kernel_floor_seconds": 3e-6},
         {"memory_efficiency": 1.0, "kernel_floor_seconds": 3e-6},
     )
@@ -147,7 +146,7 @@ def fit_gemm(folder: Path, base: Device) -> None:
                 for t, rate in zip(base.gemm.tiles, rates, strict=True)
             ),
         )
-        return changed(base, gemm=gemm)  # type: ignore[no-any-return]
+        return changed(base, gemm=gemm)
 
     def pairs_of(p: dict[str, float]) -> Pairs:
         device = device_of(p)
@@ -155,7 +154,7 @@ def fit_gemm(folder: Path, base: Device) -> None:
 
     limits = dict.fromkeys(("efficiency", "half_tile_rate", "wave_loss"), 1.0)
     start = {"efficiency": 0.93, "prologue_k": 200.0, "half_tile_rate": 0.95, "wave_loss": 0.6}
-    fitted = minimise(lambda p: mean_log_error(pairs_of(p)), start, limits)
+    fitted = minimise(pairs_of, start, limits)
     source = "Aceso op profiles (Mist)"
     report("matrix products, A100", source, fitted, pairs_of(fitted))
     device = device_of(fitted)
@@ -195,7 +194,7 @@ def fit_best_gemm(folder: Path) -> None:
             trial = changed(device, gemm=changed(device.gemm, efficiency=efficiency))
             return [(op_seconds(op, 1, trial).seconds, seconds)]
 
-        fitted = minimise(lambda p, of=pairs_of: mean_log_error(of(p)), {"efficiency": 0.8})
+        fitted = minimise(pairs_of, {"efficiency": 0.8})
         report(f"{m}x{n}x{k} {dtype}, {name}", source, fitted, pairs_of(fitted))
 
 
@@ -260,7 +259,7 @@ def fit_attention(
     if ratio is None:
         start["backward_over_forward"] = 0.9
     fitted = minimise(
-        lambda p: mean_log_error(pairs_of(p)),
+        pairs_of,
         start,
         {name: 1.0 for name in start if name != "prologue_keys"},
     )
@@ -287,7 +286,7 @@ def fit_contention(folder: Path) -> None:
             share = p["contention"]
             return [(max(moves, works + share * moves), both) for works, moves, both in cases]
 
-        fitted = minimise(lambda p, of=pairs_of: mean_log_error(of(p)), {"contention": 0.3})
+        fitted = minimise(pairs_of, {"contention": 0.3})
         report(
             f"computation beside a collective {name}, A100",
             "Mist interference",

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from paraplan.graph import Amount, Op
-from paraplan.profile_types import Figure
+from paraplan.profile_types import Figure, Frozen
 
 MIB = 2**20
 Row = dict[str, str]
 Pairs = list[tuple[float, float]]
 """(predicted, measured) seconds."""
+ProfilePart = TypeVar("ProfilePart", bound=Frozen)
 
 
 def rows_of(folder: Path, name: str) -> list[Row]:
@@ -36,11 +37,11 @@ def mean_log_error(pairs: Pairs) -> float:
 
 
 def minimise(
-    objective: Callable[[dict[str, float]], float],
+    pairs_of: Callable[[dict[str, float]], Pairs],
     start: dict[str, float],
     upper: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Pattern search with shrinking multiplicative steps, along each parameter and each pair.
+    """The least mean log error, found by a pattern search along each parameter and each pair.
 
     Pairs matter where two parameters make up for each other (an efficiency and a fixed cost).
     Every parameter stays positive and at most at its ``upper`` limit.
@@ -48,7 +49,7 @@ def minimise(
     limits = upper or {}
     moves = [{name: sign} for name in start for sign in (1, -1)]
     moves += [{a: i, b: j} for a, b in combinations(start, 2) for i in (1, -1) for j in (1, -1)]
-    best, value, step = dict(start), objective(start), 0.4
+    best, value, step = dict(start), mean_log_error(pairs_of(start)), 0.4
     while step > 0.002:
         improved = False
         for move in moves:
@@ -56,7 +57,7 @@ def minimise(
                 name: min(best[name] * (1 + step) ** sign, limits.get(name, math.inf))
                 for name, sign in move.items()
             }
-            found = objective(trial)
+            found = mean_log_error(pairs_of(trial))
             if found < value - 1e-9:
                 best, value, improved = trial, found, True
         if not improved:
@@ -77,7 +78,7 @@ def figure(value: float) -> Figure:
     return Figure(value=float(value), basis="modelled", source="trial")
 
 
-def changed(model: Any, **update: Any) -> Any:
+def changed(model: ProfilePart, **update: Any) -> ProfilePart:
     """A copy of a profile object without its cached properties."""
     fields = {name: getattr(model, name) for name in type(model).model_fields}
     return type(model).model_construct(**(fields | update))

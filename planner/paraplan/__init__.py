@@ -1,0 +1,47 @@
+"""paraplan finds the fastest way to split a PyTorch training job over your devices.
+
+``plan("mistral-7b", gpus=16)`` returns a `Plan`; ``estimate`` predicts one given layout.
+Names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paraplan.cluster import Cluster as Cluster
+    from paraplan.errors import InfeasibleError as InfeasibleError
+    from paraplan.errors import InputError as InputError
+    from paraplan.plan_file import Plan as Plan
+    from paraplan.plan_file import load_plan as load_plan
+    from paraplan.plan_file import save_plan as save_plan
+    from paraplan.planning import estimate as estimate
+    from paraplan.planning import plan as plan
+
+_HOME = {
+    "Cluster": "cluster",
+    "InfeasibleError": "errors",
+    "InputError": "errors",
+    "Plan": "plan_file",
+    "estimate": "planning",
+    "load_plan": "plan_file",
+    "plan": "planning",
+    "save_plan": "plan_file",
+}
+__all__ = [
+    "Cluster",
+    "InfeasibleError",
+    "InputError",
+    "Plan",
+    "estimate",
+    "load_plan",
+    "plan",
+    "save_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -116,22 +115,6 @@ class Attention(Frozen):
             raise ValueError("rates must have rising head_size")
         return self
 
-    def efficiency(self, head_size: float, phase: str) -> float:
-        """Share of the dense peak at ``head_size``; the nearest beyond the ends."""
-        points = [
-            (
-                rate.head_size,
-                rate.forward_efficiency.value
-                if phase == "forward"
-                else rate.backward_efficiency.value,
-            )
-            for rate in self.rates
-        ]
-        for (low, first), (high, second) in pairwise(points):
-            if low <= head_size <= high:
-                return first + (second - first) * (head_size - low) / (high - low)
-        return points[0][1] if head_size < points[0][0] else points[-1][1]
-
 
 @dataclass(frozen=True, slots=True)
 class DtypeRates:
@@ -144,6 +127,35 @@ class DtypeRates:
 
     peak: float
     tiles: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRates:
+    """The first attention implementation's figures as plain numbers.
+
+    Attributes:
+        forward, backward: (head size, efficiency) by rising head size.
+    """
+
+    tile: float
+    prologue: float
+    causal: float
+    forward: tuple[tuple[float, float], ...]
+    backward: tuple[tuple[float, float], ...]
+
+    def efficiency(self, head_size: float, phase: str) -> float:
+        """Share of the dense peak at ``head_size``; beyond the ends that of the nearest."""
+        points = self.forward if phase == "forward" else self.backward
+        low, first = points[0]
+        if head_size <= low:
+            return first
+        for high, second in points:
+            if head_size == high:
+                return second
+            if head_size < high:
+                return first + (second - first) * (head_size - low) / (high - low)
+            low, first = high, second
+        return first
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +175,7 @@ class Rates:
     multiprocessors: float
     prologue_k: float
     wave_loss: float
+    attention: AttentionRates
     dtypes: dict[str, DtypeRates]
 
 
@@ -219,7 +232,18 @@ class Device(Frozen):
             multiprocessors=self.multiprocessors.value,
             prologue_k=self.gemm.prologue_k.value,
             wave_loss=self.gemm.wave_loss.value,
+            attention=self._attention_rates(),
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
+        )
+
+    def _attention_rates(self) -> AttentionRates:
+        kernel = self.attention[0]
+        return AttentionRates(
+            tile=float(kernel.tile_rows),
+            prologue=kernel.prologue_keys.value,
+            causal=kernel.causal_efficiency.value,
+            forward=tuple((float(r.head_size), r.forward_efficiency.value) for r in kernel.rates),
+            backward=tuple((float(r.head_size), r.backward_efficiency.value) for r in kernel.rates),
         )
 
     def _dtype_rates(self, dtype: Dtype) -> DtypeRates:

@@ -58,7 +58,7 @@ def op_seconds(op: Op, sequences: float, device: Device) -> OpTime:
         if found is not None:
             return found
     if op.kind == "attention":
-        work = _attention_seconds(op, dims, device, dtype)
+        work = _attention_seconds(op, dims, rates, dtype)
     elif op.kind == "grouped_gemm":
         work = _gemm_seconds(dims[0], dims[1] / dims[0], dims[2], dims[3], rates, dtype)
     else:
@@ -98,32 +98,27 @@ def _gemm_seconds(
     return best
 
 
-def _attention_seconds(op: Op, dims: list[float], device: Device, dtype: DtypeRates) -> float:
+def _attention_seconds(op: Op, dims: list[float], rates: Rates, dtype: DtypeRates) -> float:
     """Fused attention, forward or backward (2.5 times the forward's products, see graph.py).
 
     Rows of tiles are spread over the multiprocessors; with few of them (small batches, heads
     divided by tensor parallelism) the longest row decides.
     """
     batch, heads, _, query_length, key_length, head_dim, value_dim = dims
-    kernel = device.attention[0]
-    tile = kernel.tile_rows
-    prologue = kernel.prologue_keys.value
-    rows = ceil(query_length / tile)
+    kernel, processors = rates.attention, rates.multiprocessors
+    tile = kernel.tile
     pairs = attention_pairs(query_length, key_length, causal=op.causal, window=op.window)
     # Each masked edge costs half a tile for every query; the last row of tiles is padded.
-    edges = (op.causal + (op.causal and op.window is not None)) * tile / 2
-    keys = pairs / query_length + edges + prologue
-    longest = min(key_length, op.window or key_length) if op.causal else key_length
-    share = kernel.efficiency(head_dim, op.phase) * (
-        kernel.causal_efficiency.value if op.causal else 1.0
-    )
-    flops_per_key = 2.0 * tile * (head_dim + value_dim) * (1 if op.phase == "forward" else 2.5)
-    processors = device.rates.multiprocessors
-    blocks = batch * heads * rows
-    spread = blocks * keys / processors
-    if not op.causal:
-        spread = ceil(blocks / processors) * keys
-    work = max(spread, longest + edges + prologue)
+    edges = 0.5 * tile * (op.causal + (op.causal and op.window is not None))
+    keys = pairs / query_length + edges + kernel.prologue
+    blocks = batch * heads * ceil(query_length / tile)
+    if op.causal:
+        longest = min(key_length, op.window or key_length) + edges + kernel.prologue
+        work = max(blocks * keys / processors, longest)
+    else:
+        work = ceil(blocks / processors) * keys
+    share = kernel.efficiency(head_dim, op.phase) * (kernel.causal if op.causal else 1.0)
+    flops_per_key = 2.0 * tile * (head_dim + value_dim) * (1.0 if op.phase == "forward" else 2.5)
     return work * flops_per_key * processors / (dtype.peak * share)
 
 

@@ -42,12 +42,14 @@ class Kernel(NamedTuple):
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among arguments, those inside lists and tuples included."""
+    """Tensors among arguments, those inside lists, tuples and dictionaries included."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
 
 
 def touched_bytes(tensor: Tensor) -> int:

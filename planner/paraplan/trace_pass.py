@@ -8,21 +8,34 @@ layers is traced as it happens and makes the other *parts*: embedding, bridges, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from paraplan.errors import InputError
+from paraplan.trace_kernels import tensors_in, touched_bytes
 from paraplan.trace_record import Log, Recorder
-from paraplan.trace_tensor import Exchange
+
+Role = Literal["column", "row", "experts", "vocabulary_embedding", "vocabulary_head"]
+"""What a module is under tensor parallelism; see `paraplan.trace_tensor`."""
 
 
-class TraceError(RuntimeError):
-    """A trace is not what it must be: a bug of ours, or a model that we do not understand."""
+@dataclass(frozen=True, slots=True)
+class RoleCall:
+    """One call of a module that tensor parallelism splits.
+
+    ``input_number`` names the storage of its input; bytes are of the whole tensors.
+    """
+
+    role: Role
+    input_number: int
+    input_bytes: int
+    output_bytes: int
 
 
 @dataclass(slots=True)
@@ -31,66 +44,404 @@ class Part:
 
     Attributes:
         log: its kernels, forward and backward.
-        inputs: storages of the differentiable tensors it is given.
-        outputs: storages of the differentiable tensors it makes for others.
+        inputs: storage -> bytes of the differentiable tensors that it is given.
+        outputs: storages of the differentiable tensors that it makes for other parts.
         kept_outputs: those of ``outputs`` that several later parts read, and so keep.
-        used_inputs: for each differentiable tensor it is given, whether a gradient comes back.
-        parameters: storage -> elements of the parameters it reads, on this tensor rank.
-        exchanges: tensor-parallel communication.
-        made: tensors of its result; a layer of the same kind makes the same again.
-        input_bytes: storage -> bytes, for ``inputs``.
+        used_inputs: for each of ``inputs``, whether a gradient comes back.
+        parameters: name -> elements on this tensor rank.
+        parameter_numbers: storages of the parameters.
+        parameter_gradients: storages of the gradients of its parameters.
+        role_calls: what tensor parallelism exchanges.
+        made: its result; a layer of the same kind makes the same again.
     """
 
-    log: Log
-    inputs: list[int] = field(default_factory=list)
+    log: Log = field(default_factory=Log)
+    inputs: dict[int, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
     kept_outputs: set[int] = field(default_factory=set)
     used_inputs: list[bool] = field(default_factory=list)
-    parameters: dict[int, int] = field(default_factory=dict)
-    exchanges: list[Exchange] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    parameter_numbers: dict[int, str] = field(default_factory=dict)
+    parameter_gradients: set[int] = field(default_factory=set)
+    role_calls: list[RoleCall] = field(default_factory=list)
     made: Any = None
-    input_bytes: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One place in the order of execution: a layer's path, or None between layers."""
+    """One place in the order of execution.
+
+    Attributes:
+        path: of the layer, or None for what lies between layers.
+        kind: number of the kind of layer, or None.
+        reads, makes: storages of the differentiable tensors that come in and go out.
+        modules: paths of the modules with parameters that first run here.
+    """
 
     path: str | None
+    kind: int | None
     part: Part
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    modules: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PassTrace:
-    """Everything one pass found.
+    """Everything that one pass found.
 
     Attributes:
-        steps: in order of execution; parts between layers that compute nothing are left out.
-        kinds: layer path -> number of its kind.
-        layer_parts: kind -> its traced part.
-        storage_bytes: sizes of the tensors that steps hand on.
-        parameter_names: storage -> name of the parameter in it.
+        steps: in order of execution; stretches between layers that compute nothing that has a
+            gradient belong to the next step.
+        kinds: layer path -> kind.
+        sizes: storage -> bytes of the tensors that steps hand on.
         without_gradient: trainable parameters that no backward reached.
     """
 
-    steps: list[Step]
+    steps: tuple[Step, ...]
     kinds: dict[str, int]
-    layer_parts: dict[int, Part]
-    storage_bytes: dict[int, int]
-    parameter_names: dict[int, str]
-    without_gradient: list[str]
-    modules: dict[str, int]
+    sizes: dict[int, int]
+    without_gradient: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is traced.
+
+    Attributes:
+        model: on the meta device, in training mode.
+        layers: repeated layers by path.
+        structures: equal for layers that launch the same kernels.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    structures: Mapping[str, Any]
 
 
 def trace_pass(
-    model: nn.Module,
+    subject: Subject,
     run: Callable[[], Tensor],
-    layers: Mapping[str, nn.Module],
     *,
-    structures: Mapping[str, Any],
-    kinds: Mapping[str, int] | None,
-    exchanges: Mapping[str, Callable[[Any, Any, Any], Sequence[tuple[str, Tensor]]]] ,
+    roles: Mapping[str, Role],
+    kinds: Mapping[str, int] | None = None,
 ) -> PassTrace:
-    ...
+    """Run ``run`` once and trace every part of the model.
+
+    Args:
+        run: calls the model on example inputs and returns the loss.
+        roles: module path -> what tensor parallelism made of it.
+        kinds: layer path -> kind as an earlier pass numbered them.
+    """
+    return _Pass(subject, roles, kinds).trace(run)
+
+
+class _Pass:
+    """The state of one pass."""
+
+    def __init__(
+        self, subject: Subject, roles: Mapping[str, Role], kinds: Mapping[str, int] | None
+    ) -> None:
+        self.subject = subject
+        self.roles = roles
+        self.known_kinds = kinds
+        self.recorder = Recorder()
+        self.part = self.section = Part()
+        self.steps: list[Step] = []
+        self.kinds: dict[str, int] = {}
+        self.kind_of_key: dict[Any, int] = {}
+        self.parts: dict[int, Part] = {}
+        self.leaves: dict[int, Tensor] = {}
+        self.section_outputs: dict[int, dict[int, Tensor]] = {}  # id of log -> tensors
+        self.sizes: dict[int, int] = {}
+        self.tainted: set[int] = set()
+        self.held: list[Tensor] = []
+        self.called: dict[str, int] = {}  # outer module -> id of log of its first section
+        self.names: dict[int, str] = {}
+        self.trainable: dict[int, Tensor] = {}
+        self.without_gradient: list[str] = []
+
+    def trace(self, run: Callable[[], Tensor]) -> PassTrace:
+        self._open_section()
+        self.recorder.recording = False
+        for name, parameter in self.subject.model.named_parameters():
+            number = self.recorder.number(parameter)
+            self.names[number] = name
+            if parameter.requires_grad:
+                self.trainable[number] = parameter
+        self.recorder.recording = True
+        self.tainted |= self.trainable.keys()
+        with self.recorder, self._stand_ins(), self._watched("", skip=self.subject.layers):
+            self._forward_and_backward(run)
+        return PassTrace(
+            steps=tuple(self.steps),
+            kinds=self.kinds,
+            sizes=self.sizes,
+            without_gradient=tuple(self.without_gradient),
+        )
+
+    def _forward_and_backward(self, run: Callable[[], Tensor]) -> None:
+        loss = run()
+        head = self.section
+        self.section_outputs[id(head.log)][self.recorder.number(loss)] = loss
+        self._close_section(last=True)
+        self.held.clear()
+        uncalled = self.subject.layers.keys() - self.kinds.keys()
+        if uncalled:
+            raise InputError(f"layer {min(uncalled)} does not run in the model's forward pass")
+        sections = [step.part for step in self.steps if step.kind is None]
+        for section in sections:
+            section.log.end_forward()
+        for section in reversed(sections):
+            outputs = list(self.section_outputs[id(section.log)].values())
+            inputs = [self.leaves[n] for n in section.inputs]
+            self._backward(section, outputs, inputs)
+        self._mark_kept()
+
+    # Sections: what lies between layers.
+
+    def _open_section(self) -> None:
+        self.section = self.part = Part()
+        self.recorder.log = self.section.log
+        self.section_outputs[id(self.section.log)] = {}
+
+    def _close_section(self, *, last: bool = False) -> None:
+        """End the stretch between two layers, if anything in it has a gradient."""
+        section, substantial = self.section, last
+        read: dict[int, None] = {}
+        for call in section.log.calls:
+            if not self.tainted.isdisjoint(call.reads):
+                substantial = True
+                self.tainted.update(call.writes)
+                read.update(dict.fromkeys(call.reads))
+        if not substantial:
+            return
+        section.parameter_numbers = {n: self.names[n] for n in read if n in self.names}
+        section.parameters = {
+            name: self.subject.model.get_parameter(name).numel()
+            for name in section.parameter_numbers.values()
+        }
+        section.inputs = {n: self.sizes[n] for n in read if n in self.leaves}
+        crossing = [n for n in read if n in self.recorder.owner and self._foreign(n)]
+        modules = tuple(m for m, log in self.called.items() if log == id(section.log))
+        reads = (*section.inputs, *crossing)
+        for number in crossing:
+            self.sizes[number] = self.recorder.owner[number].births[number]
+        makes = self.section_outputs[id(section.log)]
+        self.steps.append(Step(None, None, section, reads, tuple(makes), modules))
+        if not last:
+            self._open_section()
+
+    def _foreign(self, number: int) -> bool:
+        return self.recorder.owner[number] is not self.section.log
+
+    # Layers.
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        """While it lasts, calling a layer calls `_layer`."""
+        layers = self.subject.layers
+        try:
+            for path, module in layers.items():
+                original = module.forward
+                module.forward = partial(self._layer, path, module, original)
+            yield
+        finally:
+            for module in layers.values():
+                module.__dict__.pop("forward", None)
+
+    def _layer(
+        self, path: str, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if path in self.kinds:
+            raise InputError(f"layer {path} runs more than once in one forward pass")
+        given = list(tensors_in((args, kwargs)))
+        differentiable = {self.recorder.number(t): t for t in given if t.requires_grad}
+        for number, tensor in differentiable.items():
+            owner = self.recorder.owner.get(number)
+            if owner is not None and id(owner) in self.section_outputs:
+                self.section_outputs[id(owner)].setdefault(number, tensor)
+                self.sizes[number] = touched_bytes(tensor)
+        self._close_section()
+        self.held.extend(t for t in given if not t.requires_grad)
+        kind = self._kind(path, given)
+        part = self.parts.get(kind)
+        if part is None:
+            part = self.parts[kind] = self._trace_layer(path, module, original, args, kwargs)
+        reads = [n for n, used in zip(differentiable, part.used_inputs, strict=True) if used]
+        makes: list[int] = []
+        result = self._imitate(part.made, given, makes)
+        self.steps.append(Step(path, kind, part, tuple(reads), tuple(makes)))
+        return result
+
+    def _kind(self, path: str, given: list[Tensor]) -> int:
+        if self.known_kinds is not None:
+            kind = self.known_kinds[path]
+        else:
+            shapes = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in given)
+            key = (self.subject.structures[path], shapes)
+            kind = self.kind_of_key.setdefault(key, len(self.kind_of_key))
+        self.kinds[path] = kind
+        return kind
+
+    def _trace_layer(
+        self,
+        path: str,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Part:
+        part = Part()
+        cuts: dict[int, Tensor] = {}
+        recorder = self.recorder
+        with recorder.into(part.log), self._watched(path):
+            self.part = part
+            cut_args, cut_kwargs = self._cut(args, cuts), self._cut(kwargs, cuts)
+            result = original(*cut_args, **cut_kwargs)
+            self.part = self.section
+        part.log.end_forward()
+        part.inputs = {n: touched_bytes(t) for n, t in cuts.items()}
+        for name, parameter in module.named_parameters():
+            number = recorder.number(parameter)
+            part.parameter_numbers[number] = f"{path}.{name}"
+            part.parameters[f"{path}.{name}"] = parameter.numel()
+        outputs = {recorder.number(t): t for t in tensors_in((result,)) if t.requires_grad}
+        outputs = {n: t for n, t in outputs.items() if n not in cuts}
+        part.outputs = list(outputs)
+        part.used_inputs = self._backward(part, list(outputs.values()), list(cuts.values()))
+        indices = {id(cut): index for index, cut in self._indexed(args, kwargs, cuts)}
+        part.made = _describe(result, indices, list(cuts.values()))
+        return part
+
+    def _indexed(
+        self, args: Any, kwargs: Any, cuts: dict[int, Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each cut tensor with its place among the tensors that the layer is given."""
+        for index, tensor in enumerate(tensors_in((args, kwargs))):
+            cut = cuts.get(self.recorder.number(tensor)) if tensor.requires_grad else None
+            if cut is not None:
+                yield index, cut
+
+    def _cut(self, value: Any, cuts: dict[int, Tensor]) -> Any:
+        """The same arguments with every differentiable tensor made a leaf of its own graph."""
+        if isinstance(value, Tensor):
+            if not value.requires_grad:
+                return value
+            number = self.recorder.number(value)
+            if number not in cuts:
+                cuts[number] = value.detach().requires_grad_()
+            return cuts[number]
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+            return type(value)(self._cut(v, cuts) for v in value)
+        if type(value) is dict:
+            return {k: self._cut(v, cuts) for k, v in value.items()}
+        return value
+
+    def _imitate(self, made: Any, given: list[Tensor], makes: list[int]) -> Any:
+        """A result like ``made``: fresh tensors, with what was passed through passed through."""
+        if isinstance(made, _Passed):
+            return given[made.index]
+        if isinstance(made, Tensor):
+            if not made.requires_grad:
+                return made
+            with self.recorder.paused():
+                leaf = torch.empty_like(made).detach().requires_grad_()
+                number = self.recorder.number(leaf)
+            self.leaves[number] = leaf
+            self.sizes[number] = touched_bytes(leaf)
+            self.tainted.add(number)
+            makes.append(number)
+            return leaf
+        if isinstance(made, dict):
+            return type(made)(**{k: self._imitate(v, given, makes) for k, v in made.items()})
+        if type(made) in (list, tuple):
+            return type(made)(self._imitate(v, given, makes) for v in made)
+        return made
+
+    # Backward, and what follows from the whole.
+
+    def _backward(self, part: Part, outputs: list[Tensor], inputs: list[Tensor]) -> list[bool]:
+        """Record the gradients of a part; says which inputs have one."""
+        numbers = [n for n in part.parameter_numbers if n in self.trainable]
+        wanted = [self.trainable[n] for n in numbers]
+        with self.recorder.into(part.log, "backward"):
+            seeds = [None if t.dim() == 0 else torch.empty_like(t) for t in outputs]
+            gradients = torch.autograd.grad(
+                outputs, [*wanted, *inputs], seeds, allow_unused=True
+            )
+        for number, gradient in zip(numbers, gradients, strict=False):
+            if gradient is None:
+                self.without_gradient.append(part.parameter_numbers[number])
+            else:
+                part.parameter_gradients.add(self.recorder.number(gradient))
+        return [g is not None for g in gradients[len(wanted) :]]
+
+    def _mark_kept(self) -> None:
+        """Outputs that several later steps read are kept once, by the step that makes them."""
+        readers: dict[int, int] = {}
+        for step in self.steps:
+            for number in step.reads:
+                readers[number] = readers.get(number, 0) + 1
+        for step in self.steps:
+            outputs = step.part.outputs if step.kind is not None else step.makes
+            for number, own in zip(step.makes, outputs, strict=True):
+                if readers.get(number, 0) > 1:
+                    step.part.kept_outputs.add(own)
+            if step.kind is None:
+                step.part.outputs = list(step.makes)
+
+    @contextmanager
+    def _watched(self, below: str, *, skip: Iterable[str] = ()) -> Iterator[None]:
+        """Note calls of modules under ``below`` that tensor parallelism splits."""
+        skipped = tuple(f"{path}." for path in skip)
+        prefix = f"{below}." if below else ""
+        with ExitStack() as stack:
+            for path, role in self.roles.items():
+                if path.startswith(prefix) and not path.startswith(skipped or ("\n",)):
+                    module = self.subject.model.get_submodule(path)
+                    hook = partial(self._role_called, role)
+                    handle = module.register_forward_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            if not below:
+                for path, module in self.subject.model.named_modules():
+                    if module._parameters and not f"{path}.".startswith(skipped or ("\n",)):
+                        handle = module.register_forward_pre_hook(partial(self._called, path))
+                        stack.callback(handle.remove)
+            yield
+
+    def _called(self, path: str, *_: Any) -> None:
+        self.called.setdefault(path, id(self.section.log))
+
+    def _role_called(self, role: Role, _: Any, args: Any, kwargs: Any, output: Any) -> None:
+        source = next(tensors_in((args, kwargs)))
+        result = next(tensors_in((output,)))
+        self.part.role_calls.append(
+            RoleCall(
+                role,
+                self.recorder.number(source),
+                touched_bytes(source),
+                touched_bytes(result),
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """Stands for a tensor that a layer returns as it was given."""
+
+    index: int
+
+
+def _describe(value: Any, indices: dict[int, int], cuts: list[Tensor]) -> Any:
+    """A layer's result with what it only passed on marked as such."""
+    if isinstance(value, Tensor):
+        for cut in cuts:
+            if value is cut:
+                return _Passed(indices[id(cut)])
+        return value
+    if isinstance(value, dict):
+        return type(value)(**{k: _describe(v, indices, cuts) for k, v in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_describe(v, indices, cuts) for v in value)
+    return value

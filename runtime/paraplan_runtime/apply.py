@@ -18,13 +18,14 @@ from paraplan_runtime.gradients import (
     Parameter,
     make_clipping_global,
 )
-from paraplan_runtime.loss import GlobalLoss
+from paraplan_runtime.loss import GlobalLoss, loss_type_of
 from paraplan_runtime.mesh import Ranks, build_ranks, join
 from paraplan_runtime.model import ParallelModel
 from paraplan_runtime.recompute import apply_recompute
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.shard import COMPUTE_DTYPES, shard
 from paraplan_runtime.stage import StagePaths, cut, stage_paths
+from paraplan_runtime.state import stage_entries
 from paraplan_runtime.tensor import TensorPlan, apply_tensor_parallel, tensor_plan
 from paraplan_runtime.tied import TiedWeights, find_tied
 
@@ -51,6 +52,7 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
     splits = tensor_plan(model, plan, stages)
     tied = find_tied(model, stages)
     loss = _take_over_loss(model, ranks, splits)
+    state_order = list(model.state_dict())
     signature = inspect.signature(model.forward)
     models = [
         (_prepare_stage(model, stages, index, plan, ranks, splits, tied), stages[index])
@@ -73,6 +75,8 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
         loss=loss,
         signature=signature,
         spread_output=splits.head is not None,
+        entries=[entry for part, _ in models for entry in stage_entries(part, splits.split)],
+        state_order=state_order,
         finish_gradients=finish,
         hidden_width=_hidden_width(model),
     )
@@ -96,7 +100,7 @@ def _prepare_stage(
         apply_tensor_parallel(part, paths, splits, ranks)
     for path, mode in zip(paths.layers, plan.stages[index].recompute, strict=True):
         apply_recompute(part.get_submodule(path), mode)
-    groups = [part.get_submodule(path) for path in (*paths.layers, *paths.others)]
+    groups = [part.get_submodule(path) for path in paths.modules]
     alone = [module for module in groups if not tied.holds(module) and _is_large(module)]
     shard(
         part,
@@ -115,11 +119,11 @@ def _is_large(module: nn.Module) -> bool:
 
 def _take_over_loss(model: nn.Module, ranks: Ranks, splits: TensorPlan) -> GlobalLoss | None:
     """Put the global loss in the model's ``loss_function``; None for a model without one."""
-    loss_type = getattr(model, "loss_type", None)
+    loss_type = loss_type_of(model)
     if loss_type is None:
         return None
-    mesh = ranks.tensor_mesh if splits.head is not None else None
-    loss = GlobalLoss(str(loss_type), mesh)
+    group = ranks.group("tensor") if splits.head is not None else None
+    loss = GlobalLoss(loss_type, group)
     model.loss_function = loss  # type: ignore[assignment]
     return loss
 

@@ -9,7 +9,7 @@ from paraplan.plan_file import Plan, unsupported_fields
 from torch import nn
 
 from paraplan_runtime.batch import schedule_accepts
-from paraplan_runtime.loss import TOKEN_LOSSES
+from paraplan_runtime.loss import TOKEN_LOSSES, loss_type_of
 from paraplan_runtime.stage import StagePaths
 
 
@@ -93,9 +93,8 @@ def _norms(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None
 
 
 def _loss(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
-    loss_type = getattr(model, "loss_type", None)
-    is_pretrained = any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
-    if is_pretrained and loss_type is not None and loss_type not in TOKEN_LOSSES:
+    loss_type = loss_type_of(model)
+    if loss_type is not None and loss_type not in TOKEN_LOSSES:
         raise InputError(
             f"the loss {loss_type!r} of {type(model).__name__} is not a mean over targets that "
             f"the runtime knows ({', '.join(TOKEN_LOSSES)})"

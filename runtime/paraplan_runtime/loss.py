@@ -15,9 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
 from paraplan.errors import InputError
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import loss_parallel
 
 from paraplan_runtime.batch import IGNORED_LABEL
 
@@ -25,17 +22,25 @@ TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequ
 """``loss_type`` of transformers' models whose loss is a mean of cross entropies over targets."""
 
 
+def loss_type_of(model: torch.nn.Module) -> str | None:
+    """The kind of loss a model of transformers computes; None for other models."""
+    if not hasattr(type(model), "loss_function"):
+        return None
+    # transformers falls back to this one too, for GPT2LMHeadModel for instance.
+    return str(getattr(model, "loss_type", None) or "ForCausalLM")
+
+
 class GlobalLoss:
     """Takes the place of a model's ``loss_function``.
 
     Args:
         loss_type: one of ``TOKEN_LOSSES``.
-        tensor_mesh: the ranks that share the vocabulary, when the head is split over them.
+        tensor_group: the ranks that share the vocabulary, when the head is split over them.
     """
 
-    def __init__(self, loss_type: str, tensor_mesh: DeviceMesh | None = None) -> None:
+    def __init__(self, loss_type: str, tensor_group: dist.ProcessGroup | None = None) -> None:
         self.shifts = loss_type == "ForCausalLM"
-        self.tensor_mesh = tensor_mesh
+        self.tensor_group = tensor_group
         self.targets: torch.Tensor | None = None
         self.calls = 0
 
@@ -79,16 +84,54 @@ class GlobalLoss:
         return total / self.targets.to(logits.device)
 
     def _summed(self, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
-        if self.tensor_mesh is None:
+        if self.tensor_group is None:
             return functional.cross_entropy(
                 logits, targets, ignore_index=ignored, reduction="sum"
             )
-        spread = DTensor.from_local(logits, self.tensor_mesh, [Shard(1)], run_check=False)
-        with loss_parallel():
-            total = functional.cross_entropy(
-                spread, targets, ignore_index=ignored, reduction="sum"
-            )
-        return total.to_local() if isinstance(total, DTensor) else total
+        total: torch.Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            logits, targets, ignored, self.tensor_group
+        )
+        return total
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of logits whose vocabulary is split over the tensor ranks.
+
+    Two small exchanges, of the maximum and of (sum of exponentials, target's logit) for each
+    row, in place of gathering the logits. (torch's ``loss_parallel`` computes the same, but its
+    context must be open during the backward pass, which a pipeline schedule runs elsewhere.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        ignored: int,
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        width = logits.shape[-1]
+        counted = targets != ignored
+        place = targets - width * group.rank()
+        inside = counted & (place >= 0) & (place < width)
+        place = place.masked_fill(~inside, 0).unsqueeze(1)
+        highest = logits.amax(dim=1, keepdim=True)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        shifted = logits - highest
+        target = shifted.gather(1, place).squeeze(1).masked_fill(~inside, 0.0)
+        exponentials = shifted.exp_()
+        sums = torch.stack([exponentials.sum(dim=1), target])
+        dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(1)), place, inside, counted)
+        return torch.where(counted, sums[0].log() - sums[1], 0.0).sum()
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        probabilities, place, inside, counted = ctx.saved_tensors
+        result = probabilities.scatter_add(1, place, -inside.to(probabilities.dtype).unsqueeze(1))
+        return result.mul_(counted.unsqueeze(1)).mul_(gradient), None, None, None
 
 
 class _ReturnedLoss(torch.autograd.Function):

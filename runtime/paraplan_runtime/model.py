@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from paraplan_runtime.outputs import (
 from paraplan_runtime.random_state import ModelRandomState
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.stage import Objective, Step
+from paraplan_runtime.state import Entry, iterate_whole, load_whole
 
 _log = logging.getLogger("paraplan")
 
@@ -54,6 +55,8 @@ class ParallelModel(nn.Module):
         loss: the loss of the model, if it computes one itself.
         signature: the whole model's forward.
         spread_output: whether the outputs' last dimension is split over the tensor ranks.
+        entries: this rank's entries of the state dict.
+        state_order: the keys of the whole model's state dict.
         finish_gradients: adds up what several ranks computed parts or copies of.
         hidden_width: last dimension of the hidden state between stages, if known.
     """
@@ -68,6 +71,8 @@ class ParallelModel(nn.Module):
         loss: GlobalLoss | None,
         signature: inspect.Signature,
         spread_output: bool,
+        entries: Sequence[Entry],
+        state_order: Sequence[str],
         finish_gradients: Callable[[GradientStash], None],
         hidden_width: int | None,
     ) -> None:
@@ -80,6 +85,8 @@ class ParallelModel(nn.Module):
         self._loss = loss
         self._signature = signature
         self._spread_output = spread_output
+        self._entries = entries
+        self._state_order = state_order
         self._finish_gradients = finish_gradients
         self._hidden_width = hidden_width
         self._random_state = ModelRandomState(ranks)
@@ -101,6 +108,17 @@ class ParallelModel(nn.Module):
         """
         for parameter in self._own:
             yield (f"{prefix}.{parameter.name}" if prefix else parameter.name), parameter.value
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        """The whole model's state dict on the CPU, on every rank; every rank must call it."""
+        return {
+            name: tensor.cpu().clone()
+            for name, tensor in iterate_whole(self._entries, self._state_order, self.ranks)
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Take this rank's shards from the whole model's state dict."""
+        load_whole(self._entries, state_dict, self.ranks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the global batch; arguments are those of the model itself."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,14 @@ class Identity(nn.Module):
     def forward(self, value: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The first argument, or ``hidden_states``."""
         return kwargs["hidden_states"] if value is None else value
+
+
+class Detached(Identity):
+    """Stands for what follows the layers, on a stage without it: nothing there needs gradients."""
+
+    def forward(self, value: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The first argument, cut off from the graph."""
+        return super().forward(value, *args, **kwargs).detach()
 
 
 class Placeholder(nn.Module):
@@ -57,14 +66,21 @@ class StagePaths:
 
     Attributes:
         index: of the stage, 0 <= index < ``count``.
+        before: modules in front of its layers (embeddings, on the first stage).
         layers: its repeated layers, in order.
-        others: its other modules (embeddings before, norm and head after).
+        after: modules behind them (norm and head, on the last stage).
     """
 
     index: int
     count: int
+    before: tuple[str, ...]
     layers: tuple[str, ...]
-    others: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All of them, in the order of the forward."""
+        return self.before + self.layers + self.after
 
     @property
     def is_first(self) -> bool:
@@ -89,9 +105,15 @@ def stage_paths(plan: Plan, model: nn.Module) -> tuple[StagePaths, ...]:
     """The plan's stages with their layers told apart from their other modules."""
     result = []
     for stage in plan.stages:
-        layers = tuple(path for path in stage.modules if is_layer(path, model))
-        others = tuple(path for path in stage.modules if path not in layers)
-        result.append(StagePaths(stage.index, len(plan.stages), layers, others))
+        marks = [is_layer(path, model) for path in stage.modules]
+        first = marks.index(True) if True in marks else len(marks)
+        last = len(marks) - marks[::-1].index(True) if True in marks else len(marks)
+        before, layers, after = (
+            stage.modules[:first],
+            stage.modules[first:last],
+            stage.modules[last:],
+        )
+        result.append(StagePaths(stage.index, len(plan.stages), before, layers, after))
     return tuple(result)
 
 
@@ -105,15 +127,18 @@ def cut(model: nn.Module, stages: tuple[StagePaths, ...], index: int) -> nn.Modu
     for stage in stages:
         if stage.index == index:
             continue
-        for path in (*stage.layers, *stage.others):
+        for path in stage.modules:
             module = model.get_submodule(path)
             if next(module.parameters(), None) is not None:
-                before = stage.is_first and path in stage.others
-                replacements[path] = _stand_in(module) if before else Identity()
+                replacements[path] = _stand_in(module, path, stage)
     return replace_modules(model, replacements)
 
 
-def _stand_in(module: nn.Module) -> nn.Module:
+def _stand_in(module: nn.Module, path: str, stage: StagePaths) -> nn.Module:
+    if path in stage.layers:
+        return Identity()
+    if path in stage.after:
+        return Detached()
     dtype = next(module.parameters()).dtype
     if isinstance(module, nn.Embedding):
         return Placeholder(module.embedding_dim, dtype, extends=True)
@@ -191,7 +216,7 @@ class StageModule(nn.Module):
         self.model = model
         self.paths = paths
         self._backward_begins = backward_begins
-        self._backwards = 0
+        self._backwards: set[int] = set()
         self._step: Step | None = None
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
@@ -205,7 +230,7 @@ class StageModule(nn.Module):
     def begin(self, step: Step) -> None:
         """Run the micro-batches of ``step`` from now on."""
         self._step = step
-        self._backwards = 0
+        self._backwards = set()
 
     def end(self) -> None:
         """Let go of the step's tensors."""
@@ -236,7 +261,7 @@ class StageModule(nn.Module):
             result = self._objective(step, number, output)
         self._entering = None
         if step.backward and result.requires_grad:
-            result.register_hook(self._count_backward)
+            result.register_hook(partial(self._count_backward, number))
         return result
 
     def _objective(self, step: Step, number: int, output: Any) -> torch.Tensor:
@@ -261,9 +286,10 @@ class StageModule(nn.Module):
         step.results[number] = product.detach()
         return product
 
-    def _count_backward(self, gradient: torch.Tensor) -> None:
-        self._backwards += 1
-        self._backward_begins(self._backwards)
+    def _count_backward(self, number: int, gradient: torch.Tensor) -> None:
+        # A set: PipelineStage runs micro-batch 0 once more where it has to infer shapes.
+        self._backwards.add(number)
+        self._backward_begins(len(self._backwards))
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

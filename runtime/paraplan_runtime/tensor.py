@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from paraplan_runtime import tensor_collectives as exchange
-from paraplan_runtime.loss import TOKEN_LOSSES
+from paraplan_runtime.loss import TOKEN_LOSSES, loss_type_of
 from paraplan_runtime.mesh import Ranks
 from paraplan_runtime.stage import Identity, Placeholder, StagePaths
 
@@ -196,7 +196,7 @@ def tensor_plan(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) ->
         embedding=embedding,
         head=head,
         entry=stages[0].layers[0] if sequence else None,
-        exit=_sequence_exit(stages, head) if sequence else None,
+        exit=_sequence_exit(model, stages) if sequence else None,
         attributes=_local_attributes(model, kinds["column"]),
     )
     return _with_partial(model, result, layers)
@@ -234,7 +234,7 @@ def _regions(model: nn.Module, columns: set[str], layers: set[str]) -> set[str]:
 
 def _vocabulary(model: nn.Module, degree: int) -> tuple[str | None, str | None]:
     """Paths of the embedding and the head that are split over the vocabulary, or None."""
-    if getattr(model, "loss_type", None) not in TOKEN_LOSSES:
+    if loss_type_of(model) not in TOKEN_LOSSES:
         return None, None
     paths = {id(module): path for path, module in model.named_modules()}
     table = model.get_input_embeddings()  # type: ignore[operator]
@@ -246,12 +246,14 @@ def _vocabulary(model: nn.Module, degree: int) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _sequence_exit(stages: tuple[StagePaths, ...], head: str | None) -> str:
-    after = [path for path in stages[-1].others if path != head]
-    if len(stages) == 1:
-        # The single stage lists embeddings first, then what follows the layers.
-        after = after[-1:]
-    return after[0] if after else stages[-1].layers[-1]
+def _sequence_exit(model: nn.Module, stages: tuple[StagePaths, ...]) -> str:
+    """The norm that follows the last layer, or that layer."""
+    last = stages[-1]
+    if last.after:
+        follower = model.get_submodule(last.after[0])
+        if all(parameter.ndim == 1 for parameter in follower.parameters()):
+            return last.after[0]
+    return last.layers[-1]
 
 
 def _check_divides(model: nn.Module, split: Mapping[str, ParameterSplit], degree: int) -> None:

@@ -13,6 +13,10 @@ import torch.distributed as dist
 SEQUENCE = 1
 """The dimension of a hidden state that sequence parallelism splits."""
 
+# torch 2.13 renames them and warns about the old names.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over ``group``, in a new tensor."""
@@ -24,17 +28,17 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The ranks' parts joined along the sequence."""
     size = group.size()
-    parts = tensor.new_empty((size, *tensor.shape))
-    dist.all_gather_into_tensor(parts, tensor.contiguous(), group=group)
-    return parts.movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
+    parts = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
+    _GATHER(parts, tensor.contiguous(), group=group)
+    return parts.unflatten(0, (size, -1)).movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
 
 
 def reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """This rank's part of the sequence, summed over ``group``."""
     size = group.size()
-    parts = tensor.unflatten(SEQUENCE, (size, -1)).movedim(SEQUENCE, 0).contiguous()
-    total = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(total, parts, group=group)
+    parts = tensor.unflatten(SEQUENCE, (size, -1)).movedim(SEQUENCE, 0).flatten(0, 1)
+    total = tensor.new_empty((tensor.shape[0], tensor.shape[1] // size, *tensor.shape[2:]))
+    _REDUCE_SCATTER(total, parts.contiguous(), group=group)
     return total
 
 

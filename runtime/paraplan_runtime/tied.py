@@ -88,7 +88,7 @@ def find_tied(model: nn.Module, stages: tuple[StagePaths, ...]) -> TiedWeights:
 
 def _stage_of(path: str, stages: tuple[StagePaths, ...]) -> int:
     for stage in stages:
-        for module in (*stage.layers, *stage.others):
+        for module in stage.modules:
             if path.startswith(f"{module}."):
                 return stage.index
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from paraplan.plan_file import (
@@ -69,26 +69,52 @@ def _gpt2(dropout: float = 0.0) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-class PlainBlock(nn.Module):
-    """A residual block whose linear layers carry the names of its ``base_model_tp_plan``."""
+class PlainAttention(nn.Module):
+    """Causal attention with heads of 8, as many as the projections are wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("up", nn.Linear(width, 2 * width))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("down", nn.Linear(2 * width, width))
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        mixed = hidden + hidden.cumsum(1) / hidden.shape[1]
-        return mixed + self.mlp(self.norm(mixed))  # type: ignore[no-any-return]
+        q, k, v = (p(hidden).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class PlainMlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(hidden)))  # type: ignore[no-any-return]
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = PlainAttention(width)
+        self.mlp = PlainMlp(width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attention(self.norm1(hidden))
+        return hidden + self.mlp(self.norm2(hidden))  # type: ignore[no-any-return]
 
 
 class PlainModel(nn.Module):
     """Not from transformers: a table, residual blocks and a head; returns its logits."""
 
-    base_model_tp_plan = {"layers.*.mlp.up": "colwise", "layers.*.mlp.down": "rowwise"}
+    base_model_tp_plan: ClassVar = {
+        "layers.*.attention.q": "colwise",
+        "layers.*.attention.k": "colwise",
+        "layers.*.attention.v": "colwise",
+        "layers.*.attention.out": "rowwise",
+        "layers.*.mlp.up": "colwise",
+        "layers.*.mlp.down": "rowwise",
+    }
 
     def __init__(self) -> None:
         super().__init__()

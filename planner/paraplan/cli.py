@@ -1,0 +1,473 @@
+"""The `plan` command: reads options, calls the planner, prints, sets the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from paraplan.errors import InputError, PlanError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paraplan.plan_file import Plan
+    from paraplan.planning import Request
+
+EXAMPLES = """\
+examples:
+  plan --model mistral-7b --gpus 16
+  plan --model llama-3-70b --gpus 64 --device h200 --seq-len 8192 --global-batch 512
+  plan --model ./my-model --cluster my-cluster.toml --fix tensor=2,pipeline=4
+  plan estimate --model mistral-7b --gpus 8 --fix data_shard=8,recompute=full
+  plan explain mistral-7b-16xh100.plan.json --why-not tensor=8
+
+other commands (each has its own --help):
+  estimate   predict one given layout; nothing is searched
+  explain    why a plan is as it is, and why not another layout
+  diff       what differs between two plans
+  models     the models that have a name
+  devices    the devices and clusters that have a profile
+  schema     JSON Schema of the plan file
+
+exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its mistakes in one line, like all other errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, hint=f"see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except PlanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    commands: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], int]]] = {
+        "estimate": (_estimate_parser, _estimate),
+        "explain": (_explain_parser, _explain),
+        "diff": (_diff_parser, _diff),
+        "models": (_models_parser, _models),
+        "devices": (_devices_parser, _devices),
+        "schema": (_schema_parser, _schema),
+    }
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        if name not in commands:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, commands, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see plan --help"
+            raise InputError(f"unknown command {name!r}", hint=hint)
+        make_parser, run = commands[name]
+    else:
+        make_parser, run = _plan_parser, _plan
+    options = make_parser().parse_args([_hyphens(argument) for argument in arguments])
+    return run(options)
+
+
+def _hyphens(argument: str) -> str:
+    """``--global_batch`` is as good as ``--global-batch``."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+
+
+# Options
+
+
+def _parser(name: str, description: str, **settings: Any) -> _Parser:
+    prog = f"plan {name}".strip()
+    return _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **settings,
+    )
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help="a name from `plan models`, a directory with config.json, a Hugging Face id in the "
+        "local cache, or module:callable (which runs that code)",
+    )
+    add("--gpus", type=int, metavar="N", help="number of devices")
+    add("--device", metavar="NAME", help="from `plan devices`, or a profile file (default h100)")
+    add("--gpus-per-node", type=int, metavar="N", help="devices of a node (default: usual nodes)")
+    add("--cluster", metavar="NAME", help="from `plan devices`, or a TOML file of your own")
+    add(
+        "--global-batch",
+        type=int,
+        metavar="N",
+        help="sequences of an optimizer step (default: about a million tokens)",
+    )
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence (default: what the model takes, at most 4096)",
+    )
+    add("--precision", default="bf16", metavar="P", help="bf16 (default), fp16 or fp32")
+    add(
+        "--optimizer",
+        default="adamw",
+        metavar="NAME",
+        help="adamw (default), adam, adamw-8bit, lion, sgd-momentum or sgd",
+    )
+    add("--memory-limit", metavar="GIB", help="memory of a device to use at most, in GiB")
+    add(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="pin layout fields, such as tensor=2,pipeline=4, or recompute=none|selective|full",
+    )
+    add("--trust-remote-code", action="store_true", help="let a model's own code run")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help=f"where to write the plan ({default}; - for stdout)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, nothing else")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+
+
+def _plan_parser() -> _Parser:
+    parser = _parser(
+        "",
+        "Finds the fastest layout of a training job on a cluster, proves it and writes a plan.",
+        epilog=EXAMPLES,
+    )
+    _add_question(parser)
+    parser.add_argument(
+        "--allow",
+        default="",
+        metavar="AXES",
+        help="search context and expert parallelism too, which the runtime cannot apply yet",
+    )
+    parser.add_argument(
+        "--top", type=int, default=4, metavar="K", help="list the K best layouts (default 4)"
+    )
+    _add_output(parser, "default MODEL-NxDEVICE.plan.json")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument(
+        "--print-completion", choices=("bash", "zsh", "tcsh"), help="print a completion script"
+    )
+    return parser
+
+
+def _estimate_parser() -> _Parser:
+    parser = _parser(
+        "estimate",
+        "Predicts the layout that --fix describes; what is left out is 1, stage boundaries and\n"
+        "recomputation are chosen best. Exit code 0 whether it fits or not: see `fits`.",
+        epilog="example:\n  plan estimate --model llama-2-7b --gpus 8 --fix tensor=2,data_shard=4",
+    )
+    _add_question(parser)
+    _add_output(parser, "not written by default")
+    return parser
+
+
+def _explain_parser() -> _Parser:
+    parser = _parser("explain", "Says why a plan is as it is.")
+    parser.add_argument("plan", metavar="PLAN", help="a plan file")
+    parser.add_argument(
+        "--why-not", metavar="KEY=VALUE,...", help="what such a layout would cost instead"
+    )
+    parser.add_argument("--model", metavar="NAME", help="where the model is, if its name moved")
+    parser.add_argument("--cluster", metavar="FILE", help="the cluster file the plan was made for")
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    return parser
+
+
+def _diff_parser() -> _Parser:
+    parser = _parser("diff", "Lists what differs between two plans; exit code 1 if anything does.")
+    parser.add_argument("plans", nargs=2, metavar="PLAN", help="a plan file")
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    return parser
+
+
+def _models_parser() -> _Parser:
+    parser = _parser("models", "Lists the models that can be named.")
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    return parser
+
+
+def _devices_parser() -> _Parser:
+    parser = _parser("devices", "Lists the devices and clusters that have a profile.")
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    return parser
+
+
+def _schema_parser() -> _Parser:
+    return _parser("schema", "Prints the JSON Schema of the plan file.")
+
+
+# Commands
+
+
+def _request(options: argparse.Namespace) -> Request:
+    from paraplan.planning import Request, parse_fix
+
+    if options.model is None:
+        raise InputError(
+            "which model? --model is missing", hint="for example --model mistral-7b --gpus 16"
+        )
+    return Request(
+        model=options.model,
+        gpus=options.gpus,
+        device=options.device,
+        gpus_per_node=options.gpus_per_node,
+        cluster=options.cluster,
+        global_batch=options.global_batch,
+        seq_len=options.seq_len,
+        precision=options.precision,
+        optimizer=options.optimizer,
+        memory_limit_gib=_gib(options.memory_limit),
+        fix=parse_fix(",".join(options.fix)),
+        allow=tuple(filter(None, getattr(options, "allow", "").split(","))),
+        top=getattr(options, "top", 1),
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _gib(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G)?\s*", text)
+    if not match:
+        raise InputError(f"--memory-limit is {text!r}; a number of GiB is wanted, such as 40")
+    return float(match[1]) * (1e9 / 2**30 if match[2] == "GB" else 1.0)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.version:
+        from paraplan.describe import tool_version
+
+        print(f"paraplan {tool_version()}")
+        return 0
+    if options.print_completion:
+        return _print_completion(options.print_completion)
+    from paraplan.planning import plan_request
+
+    request = _request(options)
+    with _progress(options) as report:
+        plan = plan_request(request, report=report)
+    target = options.output
+    if target is None and not options.json:
+        target = default_file_name(request, plan)
+    return _deliver(plan, target, options)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from paraplan.planning import estimate_request
+
+    request = _request(options)
+    with _progress(options) as report:
+        plan = estimate_request(request, report=report)
+    return _deliver(plan, options.output, options)
+
+
+def default_file_name(request: Request, plan: Plan) -> str:
+    """``mistral-7b-16xh100.plan.json``."""
+    from paraplan.planning import DEFAULT_DEVICE
+
+    device = request.device or (DEFAULT_DEVICE if request.cluster is None else None)
+    if device is None or Path(device).suffix:
+        device = plan.cluster.device
+    stem = f"{plan.model.name}-{plan.cluster.devices}x{device}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-") + ".plan.json"
+
+
+def _deliver(plan: Plan, target: str | None, options: argparse.Namespace) -> int:
+    from paraplan.plan_file import plan_to_json, save_plan
+
+    note = None
+    if target not in (None, "-"):
+        note = _replaced(plan, str(target))
+        save_plan(plan, str(target))
+    if options.json or target == "-":
+        sys.stdout.write(plan_to_json(plan))
+        sys.stdout.flush()
+        return 0
+    if not options.quiet:
+        from paraplan.report import print_summary
+
+        console = _console()
+        print_summary(plan, console)
+        if target:
+            console.print(f"wrote {target}", highlight=False, soft_wrap=True, markup=False)
+        if note:
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+def _replaced(plan: Plan, target: str) -> str | None:
+    """What changes against the plan that stood there, if one did."""
+    from paraplan.plan_file import load_plan
+    from paraplan.report import layout_words
+
+    if not Path(target).is_file():
+        return None
+    try:
+        before = load_plan(target)
+    except InputError:
+        return "it replaces a file that was not a plan of this version"
+    if before.layout == plan.layout:
+        return None
+    return f"it replaces a plan with {layout_words(before.layout)}"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        # Piped output keeps its lines whole instead of wrapping at a width nobody has.
+        console = Console(width=100)
+    return console
+
+
+@contextmanager
+def _progress(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """Phases on stderr: lines with --verbose, a spinner on a terminal, else nothing."""
+    if options.verbose and not options.json:
+        yield lambda line: print(line, file=sys.stderr)
+    elif options.json or options.quiet or not sys.stderr.isatty():
+        yield lambda line: None
+    else:
+        from rich.console import Console
+
+        with Console(stderr=True).status("starting") as status:
+            yield status.update
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from paraplan.explain import print_explanation, request_of, why_not
+    from paraplan.plan_file import load_plan
+    from paraplan.planning import parse_fix
+
+    plan = load_plan(options.plan)
+    if options.why_not is None:
+        if options.json:
+            print(json.dumps(plan.model_dump(mode="json")))
+        else:
+            print_explanation(plan, _console())
+        return 0
+    fix = parse_fix(options.why_not)
+    if not fix:
+        raise InputError("--why-not names no layout", hint="for example --why-not tensor=8")
+    request = request_of(plan, model=options.model, cluster=options.cluster)
+    lines = why_not(plan, request, fix)
+    print(json.dumps({"why_not": fix, "answer": lines}) if options.json else "\n".join(lines))
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from paraplan.explain import differences
+    from paraplan.plan_file import load_plan
+
+    one, other = (load_plan(path) for path in options.plans)
+    found = differences(one, other)
+    if options.json:
+        rows = [{"field": name, "before": a, "after": b} for name, a, b in found]
+        print(json.dumps({"differences": rows}))
+    else:
+        for name, before, after in found:
+            print(f"{name}: {before} -> {after}")
+        if not found:
+            print("the plans are the same")
+    return 1 if found else 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from paraplan.models import preset_names
+
+    names = preset_names()
+    print(json.dumps({"models": list(names)}) if options.json else "\n".join(names))
+    return 0
+
+
+def _devices(options: argparse.Namespace) -> int:
+    from paraplan.cluster import cluster_names, load_cluster
+    from paraplan.device import device_names, load_device
+
+    devices = [load_device(name) for name in device_names()]
+    clusters = [load_cluster(name) for name in cluster_names()]
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "devices": [device.model_dump(mode="json") for device in devices],
+                    "clusters": [cluster.model_dump(mode="json") for cluster in clusters],
+                }
+            )
+        )
+        return 0
+    for device in devices:
+        gib = device.memory_capacity_bytes.value / 2**30
+        print(f"{device.name:18s} {gib:6.1f} GiB  {device.description}")
+    print()
+    for cluster in clusters:
+        print(f"{cluster.name:18s} {cluster.devices_per_node} per node  {cluster.description}")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from paraplan.plan_file import plan_schema
+
+    print(json.dumps(plan_schema(), indent=2))
+    return 0
+
+
+def _print_completion(shell: str) -> int:
+    import shtab
+
+    parser = _plan_parser()
+    commands = parser.add_subparsers()
+    for make in (
+        _estimate_parser,
+        _explain_parser,
+        _diff_parser,
+        _models_parser,
+        _devices_parser,
+        _schema_parser,
+    ):
+        made = make()
+        name = made.prog.split()[-1]
+        commands.add_parser(name, parents=[made], add_help=False, help=made.description)
+    print(shtab.complete(parser, shell=shell))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
