@@ -38,6 +38,12 @@ def test_sixteen_h100_are_two_nodes_with_nvlink_and_eight_ports() -> None:
     assert cluster.link_between.bandwidth_bytes_per_second.value == 50e9
 
 
+def test_constructors_of_the_public_api() -> None:
+    assert Cluster.of("h100", 16) == make_cluster(load_device("h100"), 16)
+    assert Cluster.of(load_device("h100"), 16, devices_per_node=4).nodes == 4
+    assert Cluster.load("aws-p5", 64) == load_cluster("aws-p5", 64)
+
+
 def test_few_devices_make_one_partial_node() -> None:
     cluster = make_cluster(load_device("h100"), 3)
     assert (cluster.nodes, cluster.devices_per_node) == (1, 3)

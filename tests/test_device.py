@@ -35,7 +35,7 @@ def test_shipped_devices_are_whole(name: str) -> None:
     assert device.name == name
     assert {"bfloat16", "float32"} <= set(device.peak_flops_per_second)
     found = list(figures(device))
-    assert len(found) > 25
+    assert len(found) >= 25
     for place, figure in found:
         assert len(figure.source) > 3, place
         # Nothing was measured by us on a GPU.

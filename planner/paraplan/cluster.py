@@ -130,6 +130,25 @@ class Cluster(Frozen):
     link_between: Link
     price_per_device_hour: Figure | None = None
 
+    @staticmethod
+    def of(device: str | Device, devices: int, *, devices_per_node: int | None = None) -> Cluster:
+        """``devices`` devices in their usual nodes, as in ``Cluster.of("h100", 16)``.
+
+        Raises:
+            InputError: unknown device, or nodes not filled (see `make_cluster`).
+        """
+        found = load_device(device) if isinstance(device, str) else device
+        return make_cluster(found, devices, devices_per_node=devices_per_node)
+
+    @staticmethod
+    def load(name_or_path: str | os.PathLike[str], devices: int | None = None) -> Cluster:
+        """A shipped cluster or a profile file, as in ``Cluster.load("aws-p5", 64)``.
+
+        Raises:
+            InputError: see `load_cluster`.
+        """
+        return load_cluster(name_or_path, devices)
+
     @property
     def nodes(self) -> int:
         """Nodes of all groups."""

@@ -4,8 +4,10 @@ A ring over all ranks moves ``(n - 1) / n`` of the message through every link, i
 (Patarasuk & Yuan 2009); an all-reduce does so twice. Rings of several channels enter and leave a
 node through all the NICs of the group's members there, so that a group with g members on a node
 has g NICs' bandwidth (NCCL's rings; nccl-tests' bus bandwidth is the rate of such a ring). An
-all-reduce may go up and down a tree instead, in as many steps as the tree is deep. Switches that
-reduce (NVLink SHARP) shorten it inside nodes, and leave one node-wide message between them.
+all-reduce may go up and down a tree instead, in as many steps as the tree is deep: over hundreds
+of ranks it can take less time than a gather of the same message (as measured, see the docs).
+Switches that reduce (NVLink SHARP) shorten it inside nodes, and leave one node-wide message
+between them.
 
   seconds = start + steps * latency + bytes on the busiest link / its bandwidth
 
@@ -94,9 +96,9 @@ def _exchange_seconds(
     """All-to-all across nodes: each rank sends a part to every other, on both networks at once."""
     between = message_bytes * (size - per_node) / size / far.all_to_all
     inside = message_bytes * (per_node - 1) / size / near.all_to_all
-    nodes = size // per_node
-    # Sends to all ranks are posted at once; the latency of those to one node overlaps.
-    return far.start + (nodes - 1) * far.latency + max(between, inside)
+    # Messages to the members of another node are on their way at the same time.
+    steps = (size // per_node - 1) * far.latency + (per_node - 1) * near.latency
+    return far.start + steps + max(between, inside)
 
 
 def transfer_seconds(message_bytes: float, *, between_nodes: bool, cluster: Cluster) -> float:

@@ -128,7 +128,7 @@ class MeasuredTable:
 
 
 def make_table(ops: Iterable[MeasuredOp], attention_flops: dict[int, float]) -> MeasuredTable:
-    """Index measured ops.
+    """Index measured ops; a single size makes no curve and no grid.
 
     Args:
         ops: in the order of the profile; of two with one key the later one counts.
@@ -155,11 +155,17 @@ def make_table(ops: Iterable[MeasuredOp], attention_flops: dict[int, float]) -> 
         elif op.kind == "memory" and op.size_bytes:
             rate = op.size_bytes / op.seconds
             memory.setdefault((op.name, op.dtype), {})[op.size_bytes] = rate
-    table.grids.update({dtype: _grid(rates) for dtype, rates in products.items()})
-    table.attention.update(
-        {k: _curve({size: pair[1] for size, pair in v.items()}) for k, v in attention.items()}
+    table.grids.update(
+        {
+            dtype: _grid(rates)
+            for dtype, rates in products.items()
+            if all(len({shape[i] for shape in rates}) > 1 for i in range(3))
+        }
     )
-    table.memory.update({k: _curve(v) for k, v in memory.items()})
+    for name, points in attention.items():
+        if len(points) > 1:
+            table.attention[name] = _curve({size: rate for size, (_, rate) in points.items()})
+    table.memory.update({k: _curve(points) for k, points in memory.items() if len(points) > 1})
     return table
 
 

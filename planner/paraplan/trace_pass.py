@@ -45,8 +45,9 @@ class Part:
     Attributes:
         log: its kernels, forward and backward.
         inputs: storage -> bytes of the differentiable tensors that it is given.
+        shared_inputs: those of ``inputs`` that other parts read too: their maker keeps them.
         outputs: storages of the differentiable tensors that it makes for other parts.
-        kept_outputs: those of ``outputs`` that several later parts read, and so keep.
+        kept_outputs: those of ``outputs`` that several later parts read.
         used_inputs: for each of ``inputs``, whether a gradient comes back.
         parameters: name -> elements on this tensor rank.
         parameter_numbers: storages of the parameters.
@@ -57,6 +58,7 @@ class Part:
 
     log: Log = field(default_factory=Log)
     inputs: dict[int, int] = field(default_factory=dict)
+    shared_inputs: set[int] = field(default_factory=set)
     outputs: list[int] = field(default_factory=list)
     kept_outputs: set[int] = field(default_factory=set)
     used_inputs: list[bool] = field(default_factory=list)
@@ -74,13 +76,16 @@ class Step:
     Attributes:
         path: of the layer, or None for what lies between layers.
         kind: number of the kind of layer, or None.
-        reads, makes: storages of the differentiable tensors that come in and go out.
+        given: storages of the differentiable tensors that come in.
+        reads: those of them that it needs.
+        makes: storages of those that go out.
         modules: paths of the modules with parameters that first run here.
     """
 
     path: str | None
     kind: int | None
     part: Part
+    given: tuple[int, ...]
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     modules: tuple[str, ...] = ()
@@ -185,13 +190,13 @@ class _Pass:
         head = self.section
         self.section_outputs[id(head.log)][self.recorder.number(loss)] = loss
         self._close_section(last=True)
-        self.held.clear()
         uncalled = self.subject.layers.keys() - self.kinds.keys()
         if uncalled:
             raise InputError(f"layer {min(uncalled)} does not run in the model's forward pass")
         sections = [step.part for step in self.steps if step.kind is None]
         for section in sections:
             section.log.end_forward()
+        self.held.clear()
         for section in reversed(sections):
             outputs = list(self.section_outputs[id(section.log)].values())
             inputs = [self.leaves[n] for n in section.inputs]
@@ -228,7 +233,7 @@ class _Pass:
         for number in crossing:
             self.sizes[number] = self.recorder.owner[number].births[number]
         makes = self.section_outputs[id(section.log)]
-        self.steps.append(Step(None, None, section, reads, tuple(makes), modules))
+        self.steps.append(Step(None, None, section, reads, reads, tuple(makes), modules))
         if not last:
             self._open_section()
 
@@ -271,7 +276,9 @@ class _Pass:
         reads = [n for n, used in zip(differentiable, part.used_inputs, strict=True) if used]
         makes: list[int] = []
         result = self._imitate(part.made, given, makes)
-        self.steps.append(Step(path, kind, part, tuple(reads), tuple(makes)))
+        self.steps.append(
+            Step(path, kind, part, tuple(differentiable), tuple(reads), tuple(makes))
+        )
         return result
 
     def _kind(self, path: str, given: list[Tensor]) -> int:
@@ -383,13 +390,17 @@ class _Pass:
         for step in self.steps:
             for number in step.reads:
                 readers[number] = readers.get(number, 0) + 1
+        shared = {number for number, count in readers.items() if count > 1}
         for step in self.steps:
-            outputs = step.part.outputs if step.kind is not None else step.makes
-            for number, own in zip(step.makes, outputs, strict=True):
-                if readers.get(number, 0) > 1:
-                    step.part.kept_outputs.add(own)
             if step.kind is None:
                 step.part.outputs = list(step.makes)
+            part = step.part
+            part.kept_outputs |= {
+                own for number, own in zip(step.makes, part.outputs, strict=True) if number in shared
+            }
+            part.shared_inputs |= {
+                own for number, own in zip(step.given, part.inputs, strict=False) if number in shared
+            }
 
     @contextmanager
     def _watched(self, below: str, *, skip: Iterable[str] = ()) -> Iterator[None]:

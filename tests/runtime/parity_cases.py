@@ -133,6 +133,7 @@ class PlainModel(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: _causal_lm("Llama"),
     "gpt2": _gpt2,
+    "gpt2-dropout": lambda: _gpt2(0.2),
     "mistral": lambda: _causal_lm("Mistral", sliding_window=4),
     "qwen2": lambda: _causal_lm("Qwen2", tie_word_embeddings=True),
     "qwen3": lambda: _causal_lm("Qwen3", head_dim=8),

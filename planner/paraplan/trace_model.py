@@ -1,0 +1,297 @@
+"""Builds what a `ModelSource` describes on the meta device, with inputs that give a loss."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paraplan.errors import InputError
+from paraplan.models import ModelSource
+from paraplan.trace_attention import IMPLEMENTATION, FusedAttention, register_with_transformers
+
+_TEXT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+_IMAGE = ("ForImageClassification",)
+# Where transformers says which class of an architecture has a loss, best first.
+_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model without data.
+
+    Attributes:
+        model: on the meta device, in training mode.
+        config: of its language part; None for a model that is not transformers'.
+        model_type: transformers' name of the architecture, or empty.
+        plan: the model's own tensor-parallel plan.
+        runner: micro-batch size -> a call that returns the loss.
+    """
+
+    model: nn.Module
+    config: Any
+    model_type: str
+    plan: Mapping[str, str]
+    runner: Callable[[int], Callable[[], Tensor]]
+
+
+def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str) -> Built:
+    """Build the model with parameters in ``compute_dtype``.
+
+    Raises:
+        InputError: the config does not describe a model that transformers can build.
+    """
+    dtype = getattr(torch, compute_dtype)
+    if source.kind == "callable":
+        return _from_callable(source, dtype)
+    with _quiet():
+        cls, config = _class_and_config(source)
+        _check_length(source, config, sequence_length)
+        register_with_transformers()
+        try:
+            model = _instantiate(cls, config, dtype)
+        except Exception as error:
+            raise InputError(
+                f"{source.origin}: transformers cannot build {_name_of(cls)}: {_line(error)}"
+            ) from error
+    text = config.get_text_config()
+    inputs = _text_inputs if _is_text(type(model).__name__) else _image_inputs
+
+    def runner(sequences: int) -> Callable[[], Tensor]:
+        arguments = inputs(model.config, sequences, sequence_length, dtype)
+        return lambda: _loss(model(**arguments), source.origin)
+
+    return Built(model, text, config.model_type, getattr(model, "_tp_plan", None) or {}, runner)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks about a config's unusual entries."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__
+
+
+def _name_of(cls: Any) -> str:
+    return getattr(cls, "__name__", "the model")
+
+
+def _is_text(class_name: str) -> bool:
+    return not class_name.endswith(_IMAGE)
+
+
+def _class_and_config(source: ModelSource) -> tuple[Any, Any]:
+    """The model class with a loss, and the config as an instance of its class."""
+    if source.trust_remote_code:
+        return _remote(source)
+    import transformers
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+
+    model_type = source.config["model_type"]
+    if model_type not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING_NAMES, n=1)
+        raise InputError(
+            f"{source.origin}: model_type {model_type!r} is unknown to transformers"
+            f" {transformers.__version__}",
+            hint=f"did you mean {near[0]}?" if near else "a newer transformers may know it",
+        )
+    settings = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    try:
+        config_class = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+        config = config_class.from_dict(settings)
+    except Exception as error:
+        raise InputError(f"{source.origin}: bad {model_type} config: {_line(error)}") from error
+    return _model_class(source, model_type, type(config)), config
+
+
+def _model_class(source: ModelSource, model_type: str, config_class: type) -> Any:
+    import transformers
+
+    names = source.config.get("architectures")
+    for name in names if isinstance(names, list) else []:
+        if isinstance(name, str) and name.endswith((*_TEXT, *_IMAGE)):
+            cls = getattr(transformers, name, None)
+            if getattr(cls, "config_class", None) is config_class:
+                return cls
+    from transformers.models.auto import modeling_auto
+
+    for mapping in _MAPPINGS:
+        name = getattr(modeling_auto, mapping).get(model_type)
+        if isinstance(name, str):
+            return getattr(transformers, name)
+    raise InputError(
+        f"{source.origin}: transformers has no {model_type} model with a loss that is traced here",
+        hint="write a function that returns the model and example inputs: module:callable",
+    )
+
+
+def _remote(source: ModelSource) -> tuple[Any, Any]:
+    """With --trust-remote-code: the classes in the config's own Python files."""
+    from pathlib import Path
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(source.origin).parent
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True
+        )
+    except Exception as error:
+        raise InputError(f"{source.origin}: its own code fails: {_line(error)}") from error
+
+    def build(config: Any, **kwargs: Any) -> Any:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=True, **kwargs)
+
+    return build, config
+
+
+def _instantiate(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    config.use_cache = False
+    make = getattr(cls, "_from_config", cls)
+    with torch.device("meta"):
+        model = make(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "grouped_mm"  # the only one without data-dependent shapes
+    return model.train()  # type: ignore[no-any-return]
+
+
+def _check_length(source: ModelSource, config: Any, sequence_length: int) -> None:
+    if source.fixed_sequence_length not in (None, sequence_length):
+        raise InputError(
+            f"{source.name} has a fixed sequence length of {source.fixed_sequence_length},"
+            f" not {sequence_length}"
+        )
+    relative = hasattr(config, "rope_parameters") or hasattr(
+        config, "relative_attention_num_buckets"
+    )
+    limit = source.max_sequence_length
+    if limit is not None and sequence_length > limit and not relative:
+        raise InputError(
+            f"{source.name} has {limit} learned positions, fewer than sequence length"
+            f" {sequence_length}"
+        )
+
+
+def _text_inputs(config: Any, sequences: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    ids = torch.empty((sequences, length), dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": torch.empty_like(ids)}
+
+
+def _image_inputs(
+    config: Any, sequences: int, length: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (sequences, config.num_channels, height, width)
+    return {
+        "pixel_values": torch.empty(shape, dtype=dtype, device="meta"),
+        "labels": torch.empty(sequences, dtype=torch.long, device="meta"),
+    }
+
+
+def _loss(output: Any, origin: str) -> Tensor:
+    """The loss in what a model returned."""
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, (list, tuple)) and output:
+        loss = output[0]
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+        raise InputError(
+            f"{origin}: the model returns no loss",
+            hint="it must return a differentiable scalar, or an output with .loss",
+        )
+    return loss
+
+
+def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
+    """Run the user's ``module:callable``: it returns the model and example inputs.
+
+    The model may lie on any device; its parameters are replaced by meta tensors of
+    ``dtype``. The inputs are for one sequence, in a tuple or a dictionary.
+    """
+    module_name, _, attribute = source.spec.partition(":")
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            factory = getattr(factory, name)
+        made = factory()
+    except Exception as error:
+        raise InputError(f"{source.spec}: {_line(error)}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise InputError(f"{source.spec}: must return (model, example inputs)")
+    model, example = made
+    config = getattr(model, "config", None)
+    is_transformers = hasattr(model, "set_attn_implementation")
+    if is_transformers:
+        register_with_transformers()
+        model.set_attn_implementation(IMPLEMENTATION)
+    _to_meta(model, dtype)
+    model.train()
+
+    def runner(sequences: int) -> Callable[[], Tensor]:
+        inputs = _repeated(example, sequences, dtype)
+
+        def run() -> Tensor:
+            with nullcontext() if is_transformers else FusedAttention(), torch.device("meta"):
+                output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+            return _loss(output, source.spec)
+
+        return run
+
+    plan = getattr(model, "_tp_plan", None) or {}
+    text = config.get_text_config() if is_transformers and config is not None else None
+    return Built(model, text, getattr(config, "model_type", "") or "", plan, runner)
+
+
+def _to_meta(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace all tensors of the model by meta tensors; what was shared stays shared."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    target = dtype if tensor.is_floating_point() else tensor.dtype
+                    empty = torch.empty_like(tensor, device="meta", dtype=target)
+                    made[id(tensor)] = (
+                        nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else empty
+                    )
+                held[name] = made[id(tensor)]
+
+
+def _repeated(example: Any, sequences: int, dtype: torch.dtype) -> Any:
+    """The example inputs for ``sequences`` sequences, on the meta device."""
+    if isinstance(example, Tensor):
+        shape = example.shape
+        if shape and shape[0] == 1:
+            shape = torch.Size((sequences, *shape[1:]))
+        target = dtype if example.is_floating_point() else example.dtype
+        return torch.empty(shape, dtype=target, device="meta")
+    if isinstance(example, dict):
+        return {k: _repeated(v, sequences, dtype) for k, v in example.items()}
+    if isinstance(example, (list, tuple)):
+        return tuple(_repeated(v, sequences, dtype) for v in example)
+    return example

@@ -1,0 +1,61 @@
+"""Training under a plan is training on one device: losses, gradient norms and weights agree.
+
+The default run takes one case of each layout and each model; all of them, half an hour on two
+cores, run with ``pytest -m matrix tests/runtime``. ``PARAPLAN_MATRIX_PART=k/n`` takes every
+n-th case of those, starting with the k-th.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from parity_cases import MODELS
+from parity_work import LAYOUTS, RECOMPUTE, Case, compare, train_cases
+from rank_launch import run_ranks
+
+FAST = {
+    2: [
+        Case("llama", "data-shard-2", "selective"),
+        Case("qwen3", "data-shard-2-zero-1", "none"),
+        Case("mistral", "data-shard-2-zero-2", "full"),
+        Case("gpt2", "data-replicate-2", "none"),
+        Case("mixtral", "tensor-2", "none"),
+        Case("gemma2", "sequence-2", "full"),
+        Case("qwen2", "pipeline-2", "selective"),
+        Case("plain", "interleaved-2", "full"),
+    ],
+    4: [
+        Case("plain", "hybrid-2x2", "none"),
+        Case("gpt2", "tensor-2-pipeline-2", "selective"),
+        Case("llama", "data-shard-2-tensor-2", "full"),
+        Case("llama", "data-shard-2-pipeline-2", "none"),
+    ],
+}
+
+
+def check(world: int, cases: list[Case]) -> None:
+    results = run_ranks(world, train_cases, cases)
+    for rank_results in results:
+        for case, result in zip(cases, rank_results, strict=True):
+            compare(case, result)
+
+
+@pytest.mark.parametrize("world", sorted(FAST))
+def test_one_case_of_each_layout_and_model(world: int) -> None:
+    check(world, FAST[world])
+
+
+def matrix_part(cases: list[Case]) -> list[Case]:
+    part, of = (int(number) for number in os.environ.get("PARAPLAN_MATRIX_PART", "0/1").split("/"))
+    return cases[part::of]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"gpt2-dropout"}))
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_layout_and_recompute_mode(world: int, model: str) -> None:
+    names = [name for name, layout in LAYOUTS.items() if layout.devices == world]
+    cases = matrix_part([Case(model, name, mode) for name in names for mode in RECOMPUTE])
+    if cases:
+        check(world, cases)

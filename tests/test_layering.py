@@ -1,0 +1,87 @@
+"""Who may import whom: data flows one way, and planning needs neither torch nor the runtime."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PLANNER = ROOT / "planner" / "paraplan"
+
+# Each module of the planner, lowest first: a module imports only from lines above its own.
+ORDER = """
+errors graph
+plan_file
+profile_types op_table
+device
+cluster
+op_times collectives workload
+models
+trace_attention trace_kernels trace_layers trace_record trace_shard trace_pass trace_tensor trace
+trace_cache
+layouts recompute
+block_cost
+stage_cost pipeline
+partition
+best_cuts solver
+search
+describe
+planning
+report
+explain
+cli
+"""
+HEAVY = {"torch", "transformers", "ortools", "networkx", "numpy", "rich", "safetensors"}
+MAY_IMPORT_AT_TOP = {"report": {"rich"}, "explain": {"rich"}}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Modules that a file imports, and whether at its top (type checking left out)."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(node)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.dump(outer.test)
+        for node in ast.walk(outer)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in tree.body) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, node in tree.body))
+    return found
+
+
+def test_planner_modules_import_only_from_lower_ones() -> None:
+    rank = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.split()}
+    for path in PLANNER.glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        assert path.stem in rank, f"say in ORDER where {path.stem} stands"
+        for module, _ in imports(path):
+            top, _, rest = module.partition(".")
+            assert top != "paraplan_runtime", f"{path.stem} imports the runtime"
+            if top == "paraplan" and rest:
+                same_line = path.stem.startswith("trace") and rest.startswith("trace")
+                lower = rank[rest] < rank[path.stem] or same_line
+                assert lower, f"{path.stem} imports {rest}, which stands above it"
+
+
+def test_nothing_heavy_is_imported_at_the_top() -> None:
+    for path in PLANNER.glob("*.py"):
+        if path.stem.startswith("trace_") and path.stem != "trace_cache" or path.stem == "trace":
+            continue  # the tracer is made of torch, and imported only to trace
+        allowed = MAY_IMPORT_AT_TOP.get(path.stem, set())
+        for module, at_top in imports(path):
+            heavy = module.partition(".")[0] in HEAVY - allowed
+            assert not (heavy and at_top), f"{path.stem} imports {module} at its top"
+
+
+def test_runtime_imports_only_plan_file_and_errors() -> None:
+    for path in (ROOT / "runtime" / "paraplan_runtime").glob("*.py"):
+        for module, _ in imports(path):
+            if module.partition(".")[0] == "paraplan":
+                assert module in {"paraplan.plan_file", "paraplan.errors"}, f"{path.name}: {module}"
