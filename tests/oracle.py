@@ -149,7 +149,7 @@ def layout_best(problem: Problem, layout: Layout) -> float:
                 max(links),
                 m,
                 v,
-                contention=problem.device.overlap_contention.value,
+                contention=chain.transfer_contention,
             )
         else:
             work = max(

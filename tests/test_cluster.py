@@ -1,4 +1,5 @@
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +138,17 @@ def test_round_trip_with_an_inline_device() -> None:
     again = Cluster.model_validate_json(cluster.model_dump_json())
     assert again == cluster
     assert again.sha256 == cluster.sha256
+
+
+def test_the_examples_of_the_docs_load(tmp_path: Any) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "profiles.md").read_text()
+    examples = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
+    whole = [example for example in examples if example.startswith("format = 1")]
+    assert len(whole) == 2
+    for example in whole:
+        path = tmp_path / "example.toml"
+        path.write_text(example)
+        if "[[node_groups]]" in example:
+            assert load_cluster(path).devices == 8
+        else:
+            assert make_cluster(load_device(path), 16).nodes == 2

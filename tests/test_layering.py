@@ -12,12 +12,13 @@ PLANNER = ROOT / "planner" / "paraplan"
 ORDER = """
 errors graph
 plan_file
-profile_types op_table
+profile_types
+op_table
 device
 cluster
 op_times collectives workload
 models
-trace_attention trace_kernels trace_layers trace_record trace_shard trace_pass trace_tensor trace
+trace_attention trace_chain trace_kernels trace_layers trace_model trace_record trace_shard trace_pass trace_tensor trace_variant trace
 trace_cache
 layouts recompute
 block_cost

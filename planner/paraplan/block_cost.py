@@ -8,9 +8,15 @@ gathering and reducing the block's parameters (`block_cost`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from paraplan.cluster import Cluster
-from paraplan.collectives import Group, collective_seconds, transfer_seconds
+from paraplan.collectives import (
+    Group,
+    collective_seconds,
+    overlap_contention,
+    transfer_seconds,
+)
 from paraplan.device import Device
 from paraplan.graph import RECOMPUTE_MODES, Amount, Block, BlockVariant, Op, Recompute
 from paraplan.op_times import op_seconds, optimizer_seconds
@@ -275,13 +281,29 @@ class Numerics:
     optimizer_state: float
 
 
-def overlapped(first: float, second: float, contention: float) -> float:
-    """Seconds of two activities that run at once.
+class Traffic(NamedTuple):
+    """Collectives that overlap with computation.
 
-    The longer one, plus the share ``contention`` of the shorter one that they take from each
-    other (fitted to Mist's interference benchmark, see docs/profiles.md).
+    Attributes:
+        seconds: they take.
+        taken: seconds by which they lengthen the computation beside them (they hold
+            multiprocessors and memory bandwidth: `collectives.overlap_contention`).
     """
-    return max(first, second) + contention * min(first, second)
+
+    seconds: float = 0.0
+    taken: float = 0.0
+
+    def plus(self, other: Traffic) -> Traffic:
+        """Both, one after the other."""
+        return Traffic(self.seconds + other.seconds, self.taken + other.taken)
+
+
+NONE = Traffic()
+
+
+def overlapped(computation: float, traffic: Traffic) -> float:
+    """Seconds until both are done (form and figures: Mist's benchmark, docs/profiles.md)."""
+    return max(traffic.seconds, computation + traffic.taken)
 
 
 def block_cost(
@@ -300,55 +322,54 @@ def block_cost(
         parameters: elements on one tensor rank, experts included and not yet divided.
         expert_parameters: those of them that ``layout.expert`` divides.
     """
-    gather, scatter, reduce = _data_seconds(
+    gather, scatter, reduce = _data_traffic(
         parameters - expert_parameters, layout, 1, numerics, cluster
     )
     if expert_parameters:
-        extra = _data_seconds(
-            expert_parameters / layout.expert, layout, layout.expert, numerics, cluster
+        share = expert_parameters / layout.expert
+        extra = _data_traffic(share, layout, layout.expert, numerics, cluster)
+        gather, scatter, reduce = (
+            one.plus(other) for one, other in zip((gather, scatter, reduce), extra, strict=True)
         )
-        gather, scatter, reduce = gather + extra[0], scatter + extra[1], reduce + extra[2]
-    every_forward = gather if layout.zero_stage == 3 else 0.0
-    every_backward = {3: gather + scatter, 2: scatter}.get(layout.zero_stage, 0.0)
-    once_forward = gather if layout.zero_stage in (1, 2) else 0.0
-    once_backward = reduce + (scatter if layout.zero_stage == 1 else 0.0)
+    stage = layout.zero_stage
+    each_forward = gather if stage == 3 else NONE
+    each_backward = {3: gather.plus(scatter), 2: scatter}.get(stage, NONE)
+    once_forward = gather if stage in (1, 2) else NONE
+    once_backward = reduce.plus(scatter) if stage == 1 else reduce
     if layout.micro_batches == 1:
-        every_forward, once_forward = every_forward + once_forward, 0.0
-        every_backward, once_backward = every_backward + once_backward, 0.0
-    contention = device.overlap_contention.value
+        each_forward, once_forward = each_forward.plus(once_forward), NONE
+        each_backward, once_backward = each_backward.plus(once_backward), NONE
     plain_forward, plain_backward = compute.forward.total, compute.backward.total
-    forward = overlapped(plain_forward, every_forward, contention)
+    forward = overlapped(plain_forward, each_forward)
     backward: dict[Recompute, float] = {
-        mode: overlapped(plain_backward + again.total, every_backward, contention)
+        mode: overlapped(plain_backward + again.total, each_backward)
         for mode, again in compute.rerun.items()
     }
     once = (
-        overlapped(plain_forward, every_forward + once_forward, contention)
+        overlapped(plain_forward, each_forward.plus(once_forward))
         - forward
-        + overlapped(plain_backward, every_backward + once_backward, contention)
+        + overlapped(plain_backward, each_backward.plus(once_backward))
         - backward["none"]
     )
     local = parameters - expert_parameters + expert_parameters / layout.expert
     owned = _owned(parameters, expert_parameters, layout)
-    whole_gradients = layout.zero_stage == 1 and layout.micro_batches > 1
-    shared = layout.zero_stage > 0 or layout.data_ranks * layout.context > 1
-    copies = numerics.compute != REDUCE_BYTES or layout.zero_stage in (1, 2)
+    whole_gradients = stage == 1 and layout.micro_batches > 1
+    shared = stage > 0 or layout.data_ranks * layout.context > 1
+    copies = numerics.compute != REDUCE_BYTES or stage in (1, 2)
     return BlockCost(
         compute=compute,
         forward=forward,
         backward=backward,
-        first_gather=(1 - contention) * min(plain_forward, every_forward),
-        last_gather=(1 - contention)
-        * min(plain_backward, gather if layout.zero_stage == 3 else 0.0),
+        first_gather=_exposed(plain_forward, each_forward),
+        last_gather=_exposed(plain_backward, gather) if stage == 3 else 0.0,
         per_step=once,
-        last_reduction=(1 - contention)
-        * min(plain_backward, scatter if layout.zero_stage else reduce),
+        last_reduction=_exposed(plain_backward, scatter if stage else reduce),
         optimizer=optimizer_seconds(owned * (12 + 2 * numerics.optimizer_state), device),
         parameter_bytes=4 * owned,
         gradient_bytes=4 * owned + (4 * local if whole_gradients else 0),
         optimizer_bytes=numerics.optimizer_state * owned,
-        resident_bytes=numerics.compute * local if copies and layout.zero_stage != 3 else 0.0,
-        gather_bytes=numerics.compute * local if layout.zero_stage == 3 else 0.0,
+        resident_bytes=numerics.compute * local if copies and stage != 3 else 0.0,
+        gather_bytes=numerics.compute * local if stage == 3 else 0.0,
         reduce_bytes=(numerics.compute + (REDUCE_BYTES if shared else 0)) * local,
     )
 
@@ -361,12 +382,17 @@ def _owned(parameters: float, expert_parameters: float, layout: Layout) -> float
     )
 
 
-def _data_seconds(
+def _exposed(computation: float, traffic: Traffic) -> float:
+    """What is added when there is nothing yet, or nothing any more, to overlap with."""
+    return computation + traffic.seconds - overlapped(computation, traffic)
+
+
+def _data_traffic(
     parameters: float, layout: Layout, spread: int, numerics: Numerics, cluster: Cluster
-) -> tuple[float, float, float]:
+) -> tuple[Traffic, Traffic, Traffic]:
     """Gather, reduce-scatter and all-reduce of parameters held by 1/``spread`` of the ranks."""
     if not parameters:
-        return 0.0, 0.0, 0.0
+        return NONE, NONE, NONE
     shard = shard_group(layout, cluster)
     replicate = replicate_group(layout, cluster)
     if spread > 1:
@@ -377,4 +403,10 @@ def _data_seconds(
     gather = collective_seconds("all_gather", numerics.compute * parameters, shard, cluster)
     scatter = collective_seconds("reduce_scatter", REDUCE_BYTES * parameters, shard, cluster)
     share = REDUCE_BYTES * parameters / shard.size
-    return gather, scatter, collective_seconds("all_reduce", share, replicate, cluster)
+    reduce = collective_seconds("all_reduce", share, replicate, cluster)
+    inside, across = overlap_contention(shard, cluster), overlap_contention(replicate, cluster)
+    return (
+        Traffic(gather, inside * gather),
+        Traffic(scatter, inside * scatter),
+        Traffic(reduce, across * reduce),
+    )

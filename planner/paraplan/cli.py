@@ -141,7 +141,11 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="adamw (default), adam, adamw-8bit, lion, sgd-momentum or sgd",
     )
-    add("--memory-limit", metavar="GIB", help="memory of a device to use at most, in GiB")
+    add(
+        "--memory-limit",
+        metavar="GIB",
+        help="memory of a device to use at most, in GiB (default: 94 %% of what it has)",
+    )
     add(
         "--fix",
         action="append",

@@ -248,7 +248,7 @@ def _pipeline_seconds(found: Found, transfers: Sequence[float]) -> float:
             max(transfers),
             layout.micro_batches,
             layout.virtual_stages,
-            contention=found.chain.device.overlap_contention.value,
+            contention=found.chain.transfer_contention,
         )
     return one_f_one_b_seconds(
         [s.forward_seconds for s in stages],

@@ -71,7 +71,7 @@ def staged(chain: ChainCost, cuts: Cuts, *, forced: bool = False) -> Staged | No
             slowest,
             layout.micro_batches,
             v,
-            contention=chain.device.overlap_contention.value,
+            contention=chain.transfer_contention,
         )
         shown = (slowest,) * (p - 1) + (0.0,)
     else:

@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,24 @@ def critical_paths(stages: int, micro_batches: int) -> tuple[Path, ...]:
         *_bottleneck_paths(stages, micro_batches),
         *_lock_step_paths(stages, micro_batches),
     )
+
+
+@cache
+def _stepped_paths(stages: int, micro_batches: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The same paths over running sums of f, b and l (one after the other).
+
+    A path's coefficients change at a few stages only, so that
+    ``sum_s c_s x_s = sum_s (c_s - c_{s+1}) X_s`` with ``X_s = x_0 + .. + x_s`` has few terms.
+    """
+    stepped = []
+    for path in critical_paths(stages, micro_batches):
+        terms = []
+        for block, weights in enumerate((path.forward, path.backward, path.transfer)):
+            for s, (weight, following) in enumerate(pairwise((*weights, 0.0))):
+                if weight != following:
+                    terms.append((block * stages + s, weight - following))
+        stepped.append(tuple(terms))
+    return tuple(stepped)
 
 
 def _bottleneck_paths(p: int, m: int) -> Iterator[Path]:
@@ -118,8 +137,11 @@ def one_f_one_b_seconds(
     stages = len(forward)
     if stages == 1:
         return micro_batches * (forward[0] + backward[0])
-    paths = critical_paths(stages, micro_batches)
-    return max(path.seconds(forward, backward, transfer) for path in paths)
+    running = [*accumulate(forward), *accumulate(backward), *accumulate(transfer)]
+    return max(
+        sum([weight * running[i] for i, weight in steps])
+        for steps in _stepped_paths(stages, micro_batches)
+    )
 
 
 def interleaved_seconds(

@@ -288,6 +288,8 @@ def _examine(chain: ChainCost, bound: float, progress: _Progress) -> None:
         progress.infeasible += 1
         return
     bound = max(bound, chain.layout.micro_batches * bottleneck[0] + tail_bound(chain))
+    if bound >= progress.threshold:
+        return
     first = improve(chain, bottleneck[1])
     assert first is not None, "smallest_bottleneck returned cuts that fit"
     progress.record(first.step_seconds)

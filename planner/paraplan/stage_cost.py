@@ -14,7 +14,12 @@ from itertools import accumulate
 
 from paraplan.block_cost import BlockCost, Numerics, peers
 from paraplan.cluster import Cluster
-from paraplan.collectives import collective_seconds, transfer_seconds
+from paraplan.collectives import (
+    Group,
+    collective_seconds,
+    overlap_contention,
+    transfer_seconds,
+)
 from paraplan.device import Device
 from paraplan.graph import RECOMPUTE_MODES, Amount, ModelGraph, Recompute, cut_amounts
 from paraplan.plan_file import Layout, MemoryParts
@@ -103,6 +108,12 @@ class ChainCost:
         """Bytes that parts other than framework and fragmentation may add up to."""
         usable = self.capacity_bytes - self.device.framework_memory_bytes.value
         return usable / (1 + self.device.fragmentation_fraction.value)
+
+    @cached_property
+    def transfer_contention(self) -> float:
+        """Share of a hidden transfer that slows the computation: that of the fullest link."""
+        crosses = self.layout.devices // self.layout.pipeline >= self.cluster.devices_per_node
+        return overlap_contention(Group(2, 1 if crosses else 2), self.cluster)
 
     def transfer_seconds(self, stage: int, position: int) -> float:
         """One direction of the transfer between ``stage`` and the next, cut at ``position``."""

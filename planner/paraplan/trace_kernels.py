@@ -78,9 +78,9 @@ def kernels_of(
     read, write = _traffic(name, args, reads, writes)
     dims = _PRODUCTS[name](args, writes[0]) if name in _PRODUCTS else None
     if dims is not None:
-        grouped = name in _GROUPED
-        dtype = _dtype(writes[0] if name == "convolution" else reads[-1])
-        return [Kernel("grouped_gemm" if grouped else "gemm", dtype, dims, read, write)]
+        dtype = _dtype(next(t for t in reads if t.is_floating_point()))
+        kind: Kind = "grouped_gemm" if name in _GROUPED else "gemm"
+        return [Kernel(kind, dtype, dims, read, write)]
     if name in ("attention", "attention_backward"):
         return [_attention(name, args, read, write)]
     return [Kernel("memory", _dtype(writes[0]), (), read, write)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,22 @@ def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
             yield below, child
         else:
             yield from _containers(child, below)
+
+
+def outside_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules outside of the layers that hold parameters themselves, by path."""
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        if any(p is not None for p in module._parameters.values()):
+            found[path] = module
+        for name, child in module.named_children():
+            below = f"{path}.{name}".lstrip(".")
+            if below not in layers:
+                visit(child, below)
+
+    visit(model, "")
+    return found
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ layers is traced as it happens and makes the other *parts*: embedding, bridges, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,11 +117,13 @@ class Subject:
         model: on the meta device, in training mode.
         layers: repeated layers by path.
         structures: equal for layers that launch the same kernels.
+        outside: modules outside of layers that hold parameters themselves, by path.
     """
 
     model: nn.Module
     layers: Mapping[str, nn.Module]
     structures: Mapping[str, Any]
+    outside: Mapping[str, nn.Module]
 
 
 def trace_pass(
@@ -163,20 +165,21 @@ class _Pass:
         self.held: list[Tensor] = []
         self.called: dict[str, int] = {}  # outer module -> id of log of its first section
         self.names: dict[int, str] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
         self.trainable: dict[int, Tensor] = {}
         self.without_gradient: list[str] = []
 
     def trace(self, run: Callable[[], Tensor]) -> PassTrace:
         self._open_section()
-        self.recorder.recording = False
-        for name, parameter in self.subject.model.named_parameters():
-            number = self.recorder.number(parameter)
-            self.names[number] = name
-            if parameter.requires_grad:
-                self.trainable[number] = parameter
-        self.recorder.recording = True
-        self.tainted |= self.trainable.keys()
-        with self.recorder, self._stand_ins(), self._watched("", skip=self.subject.layers):
+        for path, module in self.subject.outside.items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._know(f"{path}.{name}".lstrip("."), parameter)
+        with self.recorder, self._stand_ins(), ExitStack() as stack:
+            for path, module in self.subject.outside.items():
+                hook = partial(self._called, path)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+                self._watch(stack, path, module)
             self._forward_and_backward(run)
         return PassTrace(
             steps=tuple(self.steps),
@@ -184,6 +187,17 @@ class _Pass:
             sizes=self.sizes,
             without_gradient=tuple(self.without_gradient),
         )
+
+    def _know(self, name: str, parameter: nn.Parameter) -> int:
+        """Number a parameter; a tied one goes by its first name."""
+        with self.recorder.paused():
+            number = self.recorder.number(parameter)
+        self.names.setdefault(number, name)
+        self.parameters[number] = parameter
+        if parameter.requires_grad:
+            self.trainable[number] = parameter
+            self.tainted.add(number)
+        return number
 
     def _forward_and_backward(self, run: Callable[[], Tensor]) -> None:
         loss = run()
@@ -223,8 +237,7 @@ class _Pass:
             return
         section.parameter_numbers = {n: self.names[n] for n in read if n in self.names}
         section.parameters = {
-            name: self.subject.model.get_parameter(name).numel()
-            for name in section.parameter_numbers.values()
+            name: self.parameters[n].numel() for n, name in section.parameter_numbers.items()
         }
         section.inputs = {n: self.sizes[n] for n in read if n in self.leaves}
         crossing = [n for n in read if n in self.recorder.owner and self._foreign(n)]
@@ -302,17 +315,19 @@ class _Pass:
         part = Part()
         cuts: dict[int, Tensor] = {}
         recorder = self.recorder
-        with recorder.into(part.log), self._watched(path):
+        for name, parameter in module.named_parameters():
+            full = f"{path}.{name}"
+            part.parameter_numbers[self._know(full, parameter)] = full
+            part.parameters[full] = parameter.numel()
+        with recorder.into(part.log), ExitStack() as stack:
+            for name, submodule in module.named_modules():
+                self._watch(stack, f"{path}.{name}", submodule)
             self.part = part
             cut_args, cut_kwargs = self._cut(args, cuts), self._cut(kwargs, cuts)
             result = original(*cut_args, **cut_kwargs)
             self.part = self.section
         part.log.end_forward()
         part.inputs = {n: touched_bytes(t) for n, t in cuts.items()}
-        for name, parameter in module.named_parameters():
-            number = recorder.number(parameter)
-            part.parameter_numbers[number] = f"{path}.{name}"
-            part.parameters[f"{path}.{name}"] = parameter.numel()
         outputs = {recorder.number(t): t for t in tensors_in((result,)) if t.requires_grad}
         outputs = {n: t for n, t in outputs.items() if n not in cuts}
         part.outputs = list(outputs)
@@ -402,24 +417,12 @@ class _Pass:
                 own for number, own in zip(step.given, part.inputs, strict=False) if number in shared
             }
 
-    @contextmanager
-    def _watched(self, below: str, *, skip: Iterable[str] = ()) -> Iterator[None]:
-        """Note calls of modules under ``below`` that tensor parallelism splits."""
-        skipped = tuple(f"{path}." for path in skip)
-        prefix = f"{below}." if below else ""
-        with ExitStack() as stack:
-            for path, role in self.roles.items():
-                if path.startswith(prefix) and not path.startswith(skipped or ("\n",)):
-                    module = self.subject.model.get_submodule(path)
-                    hook = partial(self._role_called, role)
-                    handle = module.register_forward_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
-            if not below:
-                for path, module in self.subject.model.named_modules():
-                    if module._parameters and not f"{path}.".startswith(skipped or ("\n",)):
-                        handle = module.register_forward_pre_hook(partial(self._called, path))
-                        stack.callback(handle.remove)
-            yield
+    def _watch(self, stack: ExitStack, path: str, module: nn.Module) -> None:
+        """Note calls of ``module`` if tensor parallelism splits it."""
+        role = self.roles.get(path)
+        if role is not None:
+            hook = partial(self._role_called, role)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def _called(self, path: str, *_: Any) -> None:
         self.called.setdefault(path, id(self.section.log))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
 
 from paraplan.graph import (
     RECOMPUTE_MODES,
@@ -16,8 +17,9 @@ from paraplan.graph import (
     Recompute,
     Saved,
 )
+from paraplan.trace_kernels import Kernel
 from paraplan.trace_pass import Part, RoleCall
-from paraplan.trace_record import Call
+from paraplan.trace_record import Call, Phase
 
 Place = tuple[str, int, int]
 """Where a storage comes from: ("call", which call first wrote it, which result) or an input."""
@@ -185,39 +187,61 @@ def block_variant(
 
 
 def _ops(traced: Traced, reruns: dict[Recompute, set[int]], degree: int) -> tuple[Op, ...]:
+    """Calls with their sizes as amounts; equal ones are counted."""
     base = traced.two.log.calls
     single = _by_place(traced.one.log.calls, base)
     whole = _by_place(traced.whole.log.calls, base)
-    counted: Counter[Op] = Counter()
+    counted: Counter[Any] = Counter()
     for index, call in enumerate(base):
-        two = call.kernel
         one = single[index].kernel if index in single else None
-        numbers = [
-            amount(one_value, two_value)
-            for one_value, two_value in zip(
-                (*one.dims, one.read_bytes, one.write_bytes)
-                if one is not None
-                else [-(-n // 2) for n in (*two.dims, two.read_bytes, two.write_bytes)],
-                (*two.dims, two.read_bytes, two.write_bytes),
-                strict=True,
-            )
-        ]
-        op = Op(
-            name=call.name,
-            kind=two.kind,
-            phase=call.phase,
-            dtype=two.dtype,
-            dims=tuple(numbers[:-2]),
-            read_bytes=numbers[-2],
-            write_bytes=numbers[-1],
-            causal=two.causal,
-            window=two.window,
-            replicated=degree > 1 and index in whole and whole[index].kernel == two,
-            expert=two.kind == "grouped_gemm",
-            reruns=tuple(mode for mode in RECOMPUTE_MODES if index in reruns[mode]),
-        )
-        counted[op] += 1
-    return tuple(op.model_copy(update={"count": n}) for op, n in counted.items())
+        counted[
+            call.name,
+            call.phase,
+            call.kernel,
+            one,
+            degree > 1 and index in whole and whole[index].kernel == call.kernel,
+            tuple(mode for mode in RECOMPUTE_MODES if index in reruns[mode]),
+        ] += 1
+    return tuple(_op(*key, count=count) for key, count in counted.items())
+
+
+def _op(
+    name: str,
+    phase: Phase,
+    two: Kernel,
+    one: Kernel | None,
+    replicated: bool,
+    reruns: tuple[Recompute, ...],
+    *,
+    count: int,
+) -> Op:
+    """An op from its kernels at micro-batch 1 and 2.
+
+    A kernel that only runs from 2 on (a copy that one sequence does not need) is taken as
+    proportional.
+    """
+    at_two = (*two.dims, two.read_bytes, two.write_bytes)
+    at_one = (
+        [-(-n // 2) for n in at_two]
+        if one is None
+        else (*one.dims, one.read_bytes, one.write_bytes)
+    )
+    *dims, read, write = (amount(n, m) for n, m in zip(at_one, at_two, strict=True))
+    return Op(
+        name=name,
+        kind=two.kind,
+        phase=phase,
+        dtype=two.dtype,
+        count=count,
+        dims=tuple(dims),
+        read_bytes=read,
+        write_bytes=write,
+        causal=two.causal,
+        window=two.window,
+        replicated=replicated,
+        expert=two.kind == "grouped_gemm",
+        reruns=reruns,
+    )
 
 
 def _by_place(calls: list[Call], base: list[Call]) -> dict[int, Call]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 
-from paraplan.plan_file import Plan
 from torch import nn
 
+from paraplan.plan_file import Plan
 from paraplan_runtime.check import check_model, check_plan
 from paraplan_runtime.gradients import (
     GradientStash,
@@ -26,7 +26,8 @@ from paraplan_runtime.schedule import Runner
 from paraplan_runtime.shard import COMPUTE_DTYPES, shard
 from paraplan_runtime.stage import StagePaths, cut, stage_paths
 from paraplan_runtime.state import stage_entries
-from paraplan_runtime.tensor import TensorPlan, apply_tensor_parallel, tensor_plan
+from paraplan_runtime.tensor import TensorPlan, tensor_plan
+from paraplan_runtime.tensor_apply import apply_tensor_parallel
 from paraplan_runtime.tied import TiedWeights, find_tied
 
 
@@ -150,6 +151,3 @@ def _hidden_width(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None)
     return width if isinstance(width, int) else None
-
-
-

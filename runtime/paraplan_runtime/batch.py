@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from paraplan.errors import InputError
 from paraplan.plan_file import Layout
 

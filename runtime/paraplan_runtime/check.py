@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-
 import torch
-from paraplan.errors import InputError
-from paraplan.plan_file import Plan, unsupported_fields
 from torch import nn
 
+from paraplan.errors import InputError
+from paraplan.plan_file import Plan, unsupported_fields
 from paraplan_runtime.batch import schedule_accepts
 from paraplan_runtime.loss import TOKEN_LOSSES, loss_type_of
 from paraplan_runtime.stage import StagePaths
@@ -110,5 +109,3 @@ def _routing(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> No
             "micro-batches cannot compute it",
             hint="set output_router_logits=False",
         )
-
-

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor, Replicate
 
 COPIES = "_paraplan_copies"
@@ -70,8 +69,12 @@ class GradientStash:
         return None
 
     @torch.no_grad()
-    def install(self, scale: torch.Tensor) -> None:
+    def install(self, scale: torch.Tensor, *, agree: bool = False) -> None:
         """Add ``scale`` times the gradients to ``.grad``.
+
+        Args:
+            agree: where one rank's gradients are not finite, make all ranks' so. A GradScaler
+                looks at its own rank's gradients and must skip the step on all or on none.
 
         Raises:
             RuntimeError: called a second time, as autograd does without ``retain_graph``.
@@ -79,6 +82,8 @@ class GradientStash:
         if self._gradients is None:
             raise RuntimeError("backward() was called twice on the loss of one forward")
         shards = [local(gradient) for _, gradient in self._gradients]
+        if agree:
+            scale = scale * _one_if_finite(shards, scale)
         if shards:
             torch._foreach_mul_(shards, scale.to(shards[0].device))
         for parameter, gradient in self._gradients:
@@ -88,6 +93,14 @@ class GradientStash:
             else:
                 local(parameter.value.grad).add_(local(gradient))
         self._gradients = None
+
+
+def _one_if_finite(shards: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """1 if every element of every rank is finite, else NaN, on every rank."""
+    norms = [norm.float() for norm in torch._foreach_norm([s for s in shards if s.numel()])]
+    bad = torch.stack(norms).isfinite().all().logical_not().float() if norms else like.new_zeros(())
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return torch.where(bad > 0, torch.nan, torch.ones_like(bad))
 
 
 def set_aside(parameters: Sequence[Parameter]) -> list[torch.Tensor | None]:
@@ -106,24 +119,28 @@ def put_back(parameters: Sequence[Parameter], taken: Sequence[torch.Tensor | Non
 
 def reduce_together(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
     """Sum tensors over ``group`` in place, one message for each dtype."""
+    if group.size() == 1:
+        return
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = _flatten_dense_tensors(same)
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
         dist.all_reduce(flat, group=group)
-        for tensor, total in zip(same, _unflatten_dense_tensors(flat, same), strict=True):
-            tensor.copy_(total)
+        sizes = [tensor.numel() for tensor in same]
+        for tensor, total in zip(same, flat.split(sizes), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
-def _copies(gradient: DTensor) -> int:
+def _copies(gradient: torch.Tensor) -> int:
     count = int(getattr(gradient, COPIES, 1))
-    for axis, placement in enumerate(gradient.placements):
-        if isinstance(placement, Replicate):
-            count *= gradient.device_mesh.size(axis)
+    if isinstance(gradient, DTensor):
+        for axis, placement in enumerate(gradient.placements):
+            if isinstance(placement, Replicate):
+                count *= gradient.device_mesh.size(axis)
     return count
 
 
 @torch.no_grad()
-def total_norm(gradients: Sequence[DTensor], norm_type: float = 2.0) -> torch.Tensor:
+def total_norm(gradients: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
     """The p-norm of the whole model's gradient, on every rank; every rank must call it.
 
     Each rank adds the p-th powers of its shards, each divided by the number of ranks that hold

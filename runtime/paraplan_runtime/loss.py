@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
-from paraplan.errors import InputError
 
+from paraplan.errors import InputError
 from paraplan_runtime.batch import IGNORED_LABEL
 
 TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
@@ -52,7 +52,7 @@ class GlobalLoss:
         """
         given = batch.pop("num_items_in_batch", None)
         if given is not None:
-            return torch.as_tensor(given)
+            return torch.tensor(int(given))
         labels = batch.get("shift_labels")
         if labels is None:
             labels = batch["labels"][..., 1:] if self.shifts else batch["labels"]
@@ -63,7 +63,9 @@ class GlobalLoss:
             )
         return (labels != IGNORED_LABEL).sum()
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """This micro-batch's part of the global loss, a scalar in fp32.
 
         Args:
@@ -85,9 +87,7 @@ class GlobalLoss:
 
     def _summed(self, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
         if self.tensor_group is None:
-            return functional.cross_entropy(
-                logits, targets, ignore_index=ignored, reduction="sum"
-            )
+            return functional.cross_entropy(logits, targets, ignore_index=ignored, reduction="sum")
         total: torch.Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
             logits, targets, ignored, self.tensor_group
         )
@@ -150,9 +150,7 @@ class _ReturnedLoss(torch.autograd.Function):
         return None, None, None
 
 
-def returned_loss(
-    value: torch.Tensor, install: Callable[[torch.Tensor], None]
-) -> torch.Tensor:
+def returned_loss(value: torch.Tensor, install: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """A scalar equal to ``value``; ``backward()`` calls ``install`` with the incoming gradient."""
     anchor = torch.zeros((), device=value.device, requires_grad=True)
     result: torch.Tensor = _ReturnedLoss.apply(value, anchor, install)  # type: ignore[no-untyped-call]

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from paraplan.errors import InputError
-from paraplan.plan_file import Plan
 from torch import nn
 
+from paraplan.errors import InputError
+from paraplan.plan_file import Plan
 from paraplan_runtime.batch import (
     CHECKED_BATCHES,
     Split,
@@ -35,6 +35,9 @@ from paraplan_runtime.random_state import ModelRandomState
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.stage import Objective, Step
 from paraplan_runtime.state import Entry, iterate_whole, load_whole
+
+FIRST_LOSS_SCALE = 65536.0
+"""``torch.amp.GradScaler``'s own first scale; later ones are those it used last."""
 
 _log = logging.getLogger("paraplan")
 
@@ -90,6 +93,8 @@ class ParallelModel(nn.Module):
         self._finish_gradients = finish_gradients
         self._hidden_width = hidden_width
         self._random_state = ModelRandomState(ranks)
+        self._scales = plan.workload.precision == "fp16"
+        self._loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=ranks.device)
         self._checked = 0
         self._noted_size = False
 
@@ -191,7 +196,13 @@ class ParallelModel(nn.Module):
             return ParallelOutput(value, partial(self._gather, parts, split))
         versions = self._versions()
         again = partial(self._logits_again, batch, split, before, versions)
-        return ParallelOutput(returned_loss(value, stash.install), again)
+        install = partial(self._install_scaled, stash) if self._scales else stash.install
+        return ParallelOutput(returned_loss(value, install), again)
+
+    def _install_scaled(self, stash: GradientStash, incoming: torch.Tensor) -> None:
+        """Hand out fp16's gradients, which carry the scale that was expected to flow in."""
+        used, self._loss_scale = self._loss_scale, incoming.detach().float().clone()
+        stash.install(self._loss_scale / used, agree=True)
 
     def _run(
         self,
@@ -213,6 +224,7 @@ class ParallelModel(nn.Module):
             backward=backward,
             autocast=_current_autocast(device.type),
             cotangent=cotangent,
+            scale=self._loss_scale if self._scales and objective == "loss" and backward else None,
         )
         taken = set_aside(self._own)
         try:

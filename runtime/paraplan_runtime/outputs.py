@@ -24,9 +24,7 @@ class ParallelOutput:
         logits: computes or gathers the global logits.
     """
 
-    def __init__(
-        self, loss: torch.Tensor | None, logits: Callable[[], torch.Tensor]
-    ) -> None:
+    def __init__(self, loss: torch.Tensor | None, logits: Callable[[], torch.Tensor]) -> None:
         self.loss = loss
         self._compute_logits = logits
         self._logits: torch.Tensor | None = None
@@ -121,9 +119,7 @@ class _ReturnedOutput(torch.autograd.Function):
         return None, None, None
 
 
-def returned_output(
-    value: torch.Tensor, backward: Callable[[torch.Tensor], None]
-) -> torch.Tensor:
+def returned_output(value: torch.Tensor, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """Outputs from which a script may compute its own loss."""
     anchor = torch.zeros((), device=value.device, requires_grad=True)
     result: torch.Tensor = _ReturnedOutput.apply(value, anchor, backward)  # type: ignore[no-untyped-call]

@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from paraplan.plan_file import Recompute
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from paraplan.plan_file import Recompute
 
 _KEPT_OPERATORS = (
     "mm",

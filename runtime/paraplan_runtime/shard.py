@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from paraplan.plan_file import Precision
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from paraplan.plan_file import Precision
 from paraplan_runtime.mesh import Ranks
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,9 +29,7 @@ def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
     """Compute in the plan's dtype; master weights and the reduction of gradients in fp32."""
     if precision == "fp32":
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(
-        param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32
-    )
+    return MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
 
 
 def shard(
@@ -52,9 +50,7 @@ def shard(
     mesh = ranks.fsdp_mesh
     for module in groups:
         _move(module, ranks.device)
-        fully_shard(
-            module, mesh=mesh, reshard_after_forward=zero_stage == 3, mp_policy=policy
-        )
+        fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3, mp_policy=policy)
     _move(model, ranks.device)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     for module in model.modules():

@@ -16,8 +16,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from paraplan.plan_file import Plan
 from torch import nn
+
+from paraplan.plan_file import Plan
 
 Objective = Literal["loss", "cotangent", "output"]
 
@@ -187,6 +188,7 @@ class Step:
         cotangent: for that objective, d loss / d output of micro-batch ``i``.
         backward: whether gradients are computed.
         autocast: enters the caller's autocast state.
+        scale: multiplies the objective, so that fp16 gradients do not vanish.
         results: what the last stage computed, by micro-batch.
     """
 
@@ -196,6 +198,7 @@ class Step:
     backward: bool
     autocast: Callable[[], AbstractContextManager[Any]]
     cotangent: Callable[[int], torch.Tensor] | None = None
+    scale: torch.Tensor | None = None
     results: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -261,7 +264,9 @@ class StageModule(nn.Module):
             result = self._objective(step, number, output)
         self._entering = None
         if step.backward and result.requires_grad:
-            result.register_hook(partial(self._count_backward, number))
+            result.register_hook(  # type: ignore[no-untyped-call]
+                partial(self._count_backward, number)
+            )
         return result
 
     def _objective(self, step: Step, number: int, output: Any) -> torch.Tensor:
@@ -275,7 +280,7 @@ class StageModule(nn.Module):
             step.results[number] = loss.detach()
             if not step.backward:
                 step.results[number + step.micro_batches] = main_output(output)
-            return loss  # type: ignore[no-any-return]
+            return loss if step.scale is None else loss * step.scale  # type: ignore[no-any-return]
         values = main_output(output)
         if step.objective == "output":
             step.results[number] = values

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from paraplan.errors import InputError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from paraplan.errors import InputError
 from paraplan_runtime.gradients import local
 from paraplan_runtime.mesh import Ranks
 from paraplan_runtime.tensor import ParameterSplit, local_part
@@ -59,7 +59,7 @@ def whole(entry: Entry, ranks: Ranks) -> torch.Tensor:
     if split is not None:
         parts = [torch.empty_like(full) for _ in range(layout.tensor)]
         dist.all_gather(parts, full.contiguous(), group=ranks.group("tensor"))
-        full = torch.cat(parts, dim=_tensor_dimension(split))
+        full = torch.cat(parts, dim=split.dimension + (split.parts > 1))
         if split.parts > 1:
             full = full.flatten(split.dimension, split.dimension + 1)
     return full

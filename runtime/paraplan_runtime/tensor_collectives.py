@@ -30,14 +30,17 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     size = group.size()
     parts = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
     _GATHER(parts, tensor.contiguous(), group=group)
-    return parts.unflatten(0, (size, -1)).movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
+    apart = parts.view(size, *tensor.shape)
+    return apart.movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
 
 
 def reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """This rank's part of the sequence, summed over ``group``."""
     size = group.size()
-    parts = tensor.unflatten(SEQUENCE, (size, -1)).movedim(SEQUENCE, 0).flatten(0, 1)
-    total = tensor.new_empty((tensor.shape[0], tensor.shape[1] // size, *tensor.shape[2:]))
+    rows, length, *rest = tensor.shape
+    apart = tensor.reshape(rows, size, length // size, *rest)
+    parts = apart.movedim(SEQUENCE, 0).flatten(0, 1)
+    total = tensor.new_empty((rows, length // size, *rest))
     _REDUCE_SCATTER(total, parts.contiguous(), group=group)
     return total
 

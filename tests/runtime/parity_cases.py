@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
+
 from paraplan.plan_file import (
     Breakdown,
     ClusterInfo,
@@ -22,7 +24,6 @@ from paraplan.plan_file import (
     Workload,
     mesh_axes,
 )
-from torch import nn
 
 ROWS = 8
 LENGTH = 12
@@ -77,7 +78,9 @@ class PlainAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        q, k, v = (p(hidden).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (
+            p(hidden).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -142,7 +145,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": PlainModel,
 }
 FAMILIES = {
-    "gpt2": (("transformer.wte", "transformer.wpe"), "transformer.h", ("transformer.ln_f", "lm_head")),
+    "gpt2": (
+        ("transformer.wte", "transformer.wpe"),
+        "transformer.h",
+        ("transformer.ln_f", "lm_head"),
+    ),
     "plain": (("table",), "layers", ("norm", "head")),
 }
 _LLAMA_LIKE = (("model.embed_tokens",), "model.layers", ("model.norm", "lm_head"))
@@ -181,9 +188,7 @@ def make_plan(
     for index in range(count):
         own = [f"{stem}.{layer}" for layer in range(edges[index], edges[index + 1])]
         modules = (
-            (before if index == 0 else ())
-            + tuple(own)
-            + (after if index == count - 1 else ())
+            (before if index == 0 else ()) + tuple(own) + (after if index == count - 1 else ())
         )
         stages.append(
             Stage(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from parity_cases import build, make_plan, train
+
 from paraplan.plan_file import Layout, Recompute
 
 LAYOUTS = {
@@ -15,9 +16,7 @@ LAYOUTS = {
     "data-shard-2-zero-2": Layout(data_shard=2, zero_stage=2, micro_batch_size=2, micro_batches=2),
     "data-replicate-2": Layout(data_replicate=2, micro_batch_size=2, micro_batches=2),
     "tensor-2": Layout(tensor=2, micro_batch_size=4, micro_batches=2),
-    "sequence-2": Layout(
-        tensor=2, sequence_parallel=True, micro_batch_size=4, micro_batches=2
-    ),
+    "sequence-2": Layout(tensor=2, sequence_parallel=True, micro_batch_size=4, micro_batches=2),
     "pipeline-2": Layout(pipeline=2, schedule="1f1b", micro_batch_size=2, micro_batches=4),
     "interleaved-2": Layout(
         pipeline=2,
