@@ -77,11 +77,7 @@ def stage_best(
         floor = max(floor, need)
     cheapest = math.inf
     ways = [
-        [
-            (a, b, counts[k] - a - b)
-            for a in range(counts[k] + 1)
-            for b in range(counts[k] + 1 - a)
-        ]
+        [(a, b, counts[k] - a - b) for a in range(counts[k] + 1) for b in range(counts[k] + 1 - a)]
         for k in layers
     ]
     for chosen in itertools.product(*ways):
@@ -128,9 +124,7 @@ def layout_best(problem: Problem, layout: Layout) -> float:
         for rank in range(p):
             runs = tuple((cuts[c * p + rank], cuts[c * p + rank + 1]) for c in range(v))
             depth = (
-                min(m, p - rank)
-                if v == 1
-                else min(m * v, 2 * (p - rank - 1) + (v - 1) * p + 1) / v
+                min(m, p - rank) if v == 1 else min(m * v, 2 * (p - rank - 1) + (v - 1) * p + 1) / v
             )
             if (depth, runs) not in memo:
                 memo[depth, runs] = stage_best(chain, depth, runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def test_allow_context(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run("--model", "tiny", "--gpus", "1", "--memory-limit", "2", capsys=capsys)
+    code, out, err = run("--model", "tiny", "--gpus", "1", "--memory-limit", "0.66", capsys=capsys)
     assert (code, out) == (3, "")
     assert err.startswith("error: no plan fits: ") and "GiB more per device" in err
     assert err.count("\n") == 2 and "hint: " in err
@@ -158,7 +159,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), BAD, ids=lambda value: " ".join(value)[:40])
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(bad[0])[:40] for bad in BAD])
 def test_bad_input_is_one_line(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,8 +212,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 def options_of(*command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
         main([*command, "--help"])
-    words = capsys.readouterr().out.replace(",", " ").replace("]", " ").split()
-    return {word.strip("[") for word in words if word.lstrip("[").startswith("--")}
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
 
 
 def test_a_new_option_is_a_decision(capsys: pytest.CaptureFixture[str]) -> None:

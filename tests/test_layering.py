@@ -18,7 +18,8 @@ device
 cluster
 op_times collectives workload
 models
-trace_attention trace_chain trace_kernels trace_layers trace_model trace_record trace_shard trace_pass trace_tensor trace_variant trace
+trace_attention trace_chain trace_kernels trace_layers trace_model trace_record
+trace_shard trace_pass trace_tensor trace_variant trace
 trace_cache
 layouts recompute
 block_cost
@@ -73,7 +74,7 @@ def test_planner_modules_import_only_from_lower_ones() -> None:
 
 def test_nothing_heavy_is_imported_at_the_top() -> None:
     for path in PLANNER.glob("*.py"):
-        if path.stem.startswith("trace_") and path.stem != "trace_cache" or path.stem == "trace":
+        if (path.stem.startswith("trace_") and path.stem != "trace_cache") or path.stem == "trace":
             continue  # the tracer is made of torch, and imported only to trace
         allowed = MAY_IMPORT_AT_TOP.get(path.stem, set())
         for module, at_top in imports(path):

@@ -117,7 +117,18 @@ def mutate(text: str, rng: random.Random) -> bytes:
         elif what == 3:
             data[at:at] = data[at : at + rng.randint(1, 200)]
         elif what == 4:
-            words = [b"NaN", b"-1", b"0", b"1e999", b"null", b"[]", b"{}", b'"x"', b"true", b"9" * 30]
+            words = [
+                b"NaN",
+                b"-1",
+                b"0",
+                b"1e999",
+                b"null",
+                b"[]",
+                b"{}",
+                b'"x"',
+                b"true",
+                b"9" * 30,
+            ]
             digits = [i for i in range(len(data)) if 48 <= data[i] <= 57] or [0]
             place = rng.choice(digits)
             data[place : place + 1] = rng.choice(words)
@@ -173,4 +184,7 @@ def test_write_fails_whole(tmp_path: Path) -> None:
 
 def test_what_the_runtime_cannot_apply() -> None:
     assert unsupported_fields(Layout()) == ()
-    assert unsupported_fields(Layout(context=2, expert=2, data_replicate=2)) == ("context", "expert")
+    assert unsupported_fields(Layout(context=2, expert=2, data_replicate=2)) == (
+        "context",
+        "expert",
+    )

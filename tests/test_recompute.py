@@ -42,7 +42,9 @@ def test_cheapest_choice_is_the_brute_force_one(kinds: int) -> None:
     for _ in range(150):
         layers = [random_kind(rng) for _ in range(kinds)]
         floor, budget = rng.uniform(0, 5), rng.uniform(0, 45)
-        fitting = [c for c in every_choice(layers, floor) if c.saved_bytes + c.working_bytes <= budget]
+        fitting = [
+            c for c in every_choice(layers, floor) if c.saved_bytes + c.working_bytes <= budget
+        ]
         found = cheapest_choice(layers, budget, floor)
         if not fitting:
             assert found is None

@@ -13,8 +13,8 @@ from small_graphs import small_graph
 
 from paraplan.cluster import make_cluster
 from paraplan.device import load_device
-from paraplan.layouts import Constraints, Space, enumerate_families
-from paraplan.plan_file import Workload
+from paraplan.layouts import Constraints, enumerate_families
+from paraplan.plan_file import Layout, Workload
 from paraplan.search import Problem, estimate_layout, least_needed_bytes, search
 
 GIB = 2**30
@@ -92,23 +92,26 @@ def test_no_estimate_is_faster(seed: int) -> None:
             assert found.best.staged.step_seconds <= alone.staged.step_seconds * (1 + 1e-6)
 
 
+def listed(problem: Problem, constraints: Constraints) -> list[Layout]:
+    families, _ = enumerate_families(problem.space, constraints)
+    return [family.layout(split) for family in families for split in family.splits]
+
+
 def test_enumeration_is_complete() -> None:
     """Families hold exactly the layouts that nested loops find."""
     for seed in range(400, 430):
         problem = random_problem(seed)
-        families, _ = enumerate_families(problem.space, Constraints())
-        listed = [family.layout(split) for family in families for split in family.splits]
-        assert len(set(listed)) == len(listed)
-        assert set(listed) == set(all_layouts(problem))
+        layouts = listed(problem, Constraints())
+        assert len(set(layouts)) == len(layouts)
+        assert set(layouts) == set(all_layouts(problem))
 
 
 def test_constraints_only_remove_layouts() -> None:
     problem = random_problem(3)
-    space: Space = problem.space
-    everything = {f.layout(s) for f in enumerate_families(space, Constraints())[0] for s in f.splits}
-    fixed = Constraints(fixed={"tensor": 2, "zero_stage": 3})
-    some = {f.layout(s) for f in enumerate_families(space, fixed)[0] for s in f.splits}
-    assert some == {layout for layout in everything if layout.tensor == 2 and layout.zero_stage == 3}
+    everything = set(listed(problem, Constraints()))
+    some = set(listed(problem, Constraints(fixed={"tensor": 2, "zero_stage": 3})))
+    assert some == {la for la in everything if la.tensor == 2 and la.zero_stage == 3}
+    assert some
 
 
 def _optima(problem: Problem, variants: list[Problem]) -> Iterator[tuple[float, float]]:

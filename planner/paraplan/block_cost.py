@@ -127,9 +127,7 @@ def block_compute(
     peak *= saved["none"] / whole if whole else 1.0
     return BlockCompute(
         forward=_run(forward, device, tensor=tensor["forward"], ring=ring, expert=exchange),
-        backward=_run(
-            backward, device, tensor=tensor["backward"], ring=2 * ring, expert=exchange
-        ),
+        backward=_run(backward, device, tensor=tensor["backward"], ring=2 * ring, expert=exchange),
         rerun=reruns,
         saved_bytes=saved,
         working_bytes={m: peak - min(saved[m], peak) for m in RECOMPUTE_MODES},

@@ -195,9 +195,7 @@ def _run_seconds(
 ) -> tuple[float, float]:
     costs = [chain.costs[chain.shape.kind_at[i]] for i in run]
     forward = sum(cost.forward for cost in costs)
-    backward = sum(
-        cost.backward[modes.get(i, "none")] for i, cost in zip(run, costs, strict=True)
-    )
+    backward = sum(cost.backward[modes.get(i, "none")] for i, cost in zip(run, costs, strict=True))
     forward += costs[0].first_gather if opens else 0.0
     backward += costs[-1].last_gather if closes else 0.0
     return forward, backward
@@ -265,6 +263,3 @@ def _basis(chain: ChainCost) -> TimeBasis:
             shares[name] += before[-1] * getattr(cost.compute, name)
     total = sum(shares.values()) or 1.0
     return TimeBasis(**{name: round(value / total, 6) for name, value in shares.items()})
-
-
-

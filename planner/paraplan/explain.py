@@ -167,5 +167,3 @@ def _runs(modes: list[str] | tuple[str, ...]) -> str:
     from itertools import groupby
 
     return ", ".join(f"{len(list(group))} {mode}" for mode, group in groupby(modes)) or "-"
-
-

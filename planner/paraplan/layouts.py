@@ -101,9 +101,7 @@ class Family:
         )
 
 
-def enumerate_families(
-    space: Space, constraints: Constraints
-) -> tuple[list[Family], Counter[str]]:
+def enumerate_families(space: Space, constraints: Constraints) -> tuple[list[Family], Counter[str]]:
     """All possible layouts in families, and the impossible combinations by reason."""
     excluded: Counter[str] = Counter()
     families = [
@@ -135,9 +133,7 @@ def check_layout(space: Space, layout: Layout) -> str | None:
     )
 
 
-def _mesh_reason(
-    space: Space, tensor: int, context: int, expert: int, pipeline: int
-) -> str | None:
+def _mesh_reason(space: Space, tensor: int, context: int, expert: int, pipeline: int) -> str | None:
     graph = space.graph
     if tensor > 1 and space.devices_per_node % tensor:
         return f"tensor({tensor}) groups do not tile nodes of {space.devices_per_node} devices"
@@ -203,9 +199,7 @@ class _Mesh:
     data_ranks: int
 
 
-def _meshes(
-    space: Space, constraints: Constraints, excluded: Counter[str]
-) -> Iterator[_Mesh]:
+def _meshes(space: Space, constraints: Constraints, excluded: Counter[str]) -> Iterator[_Mesh]:
     def degrees(name: str, limit: int, searched: bool = True) -> list[int]:
         if name in constraints.fixed:
             return [constraints.fixed[name]] if limit % constraints.fixed[name] == 0 else []
@@ -217,9 +211,9 @@ def _meshes(
             for context in degrees("context", rest, "context" in constraints.allow):
                 data_ranks = rest // context
                 for expert in degrees("expert", rest, "expert" in constraints.allow):
-                    reason = _mesh_reason(
-                        space, tensor, context, expert, pipeline
-                    ) or _data_reason(space, data_ranks)
+                    reason = _mesh_reason(space, tensor, context, expert, pipeline) or _data_reason(
+                        space, data_ranks
+                    )
                     if reason:
                         excluded[reason] += 1
                     else:

@@ -133,9 +133,7 @@ def _from_path(
         content = file.read_bytes()
     except FileNotFoundError:
         missing = f"{spec}: no such file or directory"
-        raise InputError(
-            f"{path}: no config.json in it" if path.is_dir() else missing
-        ) from None
+        raise InputError(f"{path}: no config.json in it" if path.is_dir() else missing) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{spec}: cannot read: {reason}") from None

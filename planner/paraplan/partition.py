@@ -60,9 +60,7 @@ def staged(chain: ChainCost, cuts: Cuts, *, forced: bool = False) -> Staged | No
         if cost is None:
             return None
         stages.append(cost)
-    transfers = [
-        chain.transfer_seconds(stage % p, cuts[stage + 1]) for stage in range(p * v - 1)
-    ]
+    transfers = [chain.transfer_seconds(stage % p, cuts[stage + 1]) for stage in range(p * v - 1)]
     tail = max(stage.tail_seconds for stage in stages)
     if v > 1:
         slowest = max(transfers)
@@ -159,9 +157,7 @@ def _reach(chain: ChainCost, bottleneck: float) -> Cuts | None:
     return tuple(cuts) if cuts[-1] == length else None
 
 
-def _furthest(
-    chain: ChainCost, rank: int, first: int, most: int, bottleneck: float
-) -> int | None:
+def _furthest(chain: ChainCost, rank: int, first: int, most: int, bottleneck: float) -> int | None:
     low, high = first, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -216,7 +212,7 @@ def columns(chain: ChainCost, limit_seconds: float) -> list[Column]:
         here = [
             column
             for first in reachable
-            for column in _columns_from(chain, rank, first, least_end, plain, longest)
+            for column in _columns_from(chain, rank, first, least_end, longest)
         ]
         found.append(here)
         reachable = sorted({column.end for column in here if column.end < length})
@@ -224,8 +220,9 @@ def columns(chain: ChainCost, limit_seconds: float) -> list[Column]:
 
 
 def _columns_from(
-    chain: ChainCost, rank: int, first: int, least_end: int, plain: tuple[float, ...], longest: float
+    chain: ChainCost, rank: int, first: int, least_end: int, longest: float
 ) -> Iterator[Column]:
+    plain = chain.plain_seconds
     p, length = chain.layout.pipeline, len(plain) - 1
     last_rank = rank == p - 1
     least_end = length if last_rank else max(first + 1, least_end)
@@ -240,9 +237,7 @@ def _columns_from(
             yield Column(rank, first, end, cost, behind)
 
 
-def _within(
-    found: list[list[Column]], p: int, m: int, length: int, budget: float
-) -> list[Column]:
+def _within(found: list[list[Column]], p: int, m: int, length: int, budget: float) -> list[Column]:
     """Drop columns whose cheapest completion exceeds the lock-step path's budget."""
     factor = 1 + (m - 1) / p
     before: list[dict[int, float]] = [{0: 0.0}]

@@ -116,9 +116,7 @@ def _lock_step_paths(p: int, m: int) -> Iterator[Path]:
                     continue
                 cycles = 1 + (m - 1) / n - (later / n if waits else 0)
                 work = (1.0,) * i + (cycles,) * n + (float(waits),) * later
-                transfer = (
-                    (2.0,) * i + (2 * cycles,) * (n - 1) + (2.0 * waits,) * later + (0.0,)
-                )
+                transfer = (2.0,) * i + (2 * cycles,) * (n - 1) + (2.0 * waits,) * later + (0.0,)
                 yield Path(forward=work, backward=work, transfer=transfer)
 
 

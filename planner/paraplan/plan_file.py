@@ -98,8 +98,7 @@ class Layout(_Frozen):
             )
         if (self.virtual_stages > 1) != (self.schedule == "interleaved-1f1b"):
             raise ValueError(
-                f"schedule {self.schedule!r} does not go with virtual_stages"
-                f"({self.virtual_stages})"
+                f"schedule {self.schedule!r} does not go with virtual_stages({self.virtual_stages})"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel needs tensor above 1")

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, get_args
 
 from paraplan.cluster import Cluster, load_cluster, make_cluster
@@ -145,7 +144,7 @@ def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
 def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
     """`estimate` for a `Request`."""
     began = time.perf_counter()
-    fixed = {name: value for name, value in request.fix.items() if name != "recompute"}
+    fixed = make_constraints(request.fix, request.allow).fixed
     if request.gpus is None and request.cluster is None:
         degrees = ("data_replicate", "data_shard", "tensor", "context", "pipeline")
         request = replace(request, gpus=math.prod(fixed.get(name, 1) for name in degrees))
@@ -317,25 +316,39 @@ def _infeasible(problem: Problem, request: Request) -> InfeasibleError:
 
 
 def _enough_devices(problem: Problem, request: Request) -> int | None:
-    """The fewest devices, in whole nodes, on which something fits; None up to 32 times as many."""
+    """The fewest devices, in whole nodes, from which on something fits; None up to 64 times."""
     here, node = problem.cluster.devices, problem.cluster.devices_per_node
-    candidates = [*range(here + 1, node + 1)] if here < node else []
-    first = (here // node + 1) * node
-    nodes = [first + i * node for i in range(8)]
-    candidates += nodes + [nodes[-1] + node * 2**i for i in range(1, 12)]
-    for devices in candidates:
-        if devices > 32 * here + node:
-            return None
-        batch = request.global_batch or default_global_batch(
-            problem.workload.sequence_length, devices
-        )
-        workload = problem.workload.model_copy(update={"global_batch": batch})
-        larger = replace(
-            problem,
-            cluster=problem.cluster.resized(devices),
-            workload=workload,
-            computes={},
-        )
-        if anything_fits(larger):
-            return devices
-    return None
+    usual = make_cluster(problem.device, here).devices_per_node if request.cluster is None else node
+    step = max(node, usual)
+    too_few, enough = 0, None  # in steps beyond what is there
+    ahead = 1
+    while enough is None and ahead * step <= 64 * max(here, step):
+        if anything_fits(_resized(problem, request, _steps_beyond(here, step, ahead))):
+            enough = ahead
+        else:
+            too_few, ahead = ahead, 2 * ahead
+    if enough is None:
+        return None
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if anything_fits(_resized(problem, request, _steps_beyond(here, step, middle))):
+            enough = middle
+        else:
+            too_few = middle
+    return _steps_beyond(here, step, enough)
+
+
+def _steps_beyond(here: int, step: int, count: int) -> int:
+    return (here // step + count) * step
+
+
+def _resized(problem: Problem, request: Request, devices: int) -> Problem:
+    """The same question on more devices; a default batch follows them."""
+    length = problem.workload.sequence_length
+    batch = request.global_batch or default_global_batch(length, devices)
+    return replace(
+        problem,
+        cluster=problem.cluster.resized(devices),
+        workload=problem.workload.model_copy(update={"global_batch": batch}),
+        computes={},
+    )

@@ -153,9 +153,7 @@ def _cheapest_below(
     return best
 
 
-def _one_kind(
-    kind: LayerKind, budget: float, threshold: float
-) -> tuple[float, Counts] | None:
+def _one_kind(kind: LayerKind, budget: float, threshold: float) -> tuple[float, Counts] | None:
     """The cheapest counts of one kind whose saved bytes stay within ``budget``."""
     allowed = [kind.allowed[r] and kind.working[r] <= threshold for r in range(3)]
     best: tuple[float, Counts] | None = None
@@ -172,9 +170,7 @@ def _one_kind(
     return best
 
 
-def _least_selective(
-    kind: LayerKind, budget: float, count: int, allowed: list[bool]
-) -> int | None:
+def _least_selective(kind: LayerKind, budget: float, count: int, allowed: list[bool]) -> int | None:
     """Fewest selective layers among ``count`` so that the others can run without recompute."""
     none, selective = kind.saved[_NONE], kind.saved[_SELECTIVE]
     if count == 0:

@@ -320,9 +320,7 @@ def _decide(
         if first.step_seconds <= top * NEAR:
             known.append(Found(chain.layout, chain, first))
             candidates.append(_candidate(chain, near))
-    solution = solve_mip(
-        candidates, scale_seconds=top, time_limit_seconds=time_limit_seconds
-    )
+    solution = solve_mip(candidates, scale_seconds=top, time_limit_seconds=time_limit_seconds)
     best = _chosen(known, solution)
     bound = min(solution.bound_seconds, best.staged.step_seconds)
     others = _runner_ups(progress, best)
@@ -334,9 +332,7 @@ def _candidate(chain: ChainCost, near: list[Staged]) -> Candidate:
     layout = chain.layout
     pool = {(q.rank, q.end, q.first): q for plan in near for q in columns_of(chain, plan)}
     bound = near[0].step_seconds / SAME
-    return Candidate(
-        layout.pipeline, layout.micro_batches, bound, None, tuple(pool.values())
-    )
+    return Candidate(layout.pipeline, layout.micro_batches, bound, None, tuple(pool.values()))
 
 
 def _chosen(known: list[Found], solution: Solution) -> Found:

@@ -311,8 +311,7 @@ def _fixed_parts(
         "gathered_parameters": sum(n * cost.resident_bytes for n, cost in pairs)
         + _gather_peak(chain, runs)
         + max((cost.reduce_bytes for n, cost in pairs if n), default=0.0),
-        "communication": buffers
-        + communicators * chain.device.communicator_memory_bytes.value,
+        "communication": buffers + communicators * chain.device.communicator_memory_bytes.value,
     }
 
 

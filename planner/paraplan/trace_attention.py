@@ -35,7 +35,7 @@ class AttentionOps(NamedTuple):
 @cache
 def attention_ops() -> AttentionOps:
     """Define the ops, once per process."""
-    library = torch.library.Library("paraplan", "DEF")
+    library: Any = torch.library.Library("paraplan", "DEF")  # type: ignore[no-untyped-call]
     library.define(f"{_FORWARD} -> (Tensor, Tensor)")
     library.define(f"{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor?)")
     library.impl("attention", _meta_forward, "Meta")

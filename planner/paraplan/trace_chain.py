@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import networkx
+import networkx  # type: ignore[import-untyped]
 from torch import nn
 
 from paraplan.graph import Value
-from paraplan.trace_pass import PassTrace, Step
+from paraplan.trace_parts import PassTrace, Step
 from paraplan.trace_variant import amount
 
 
@@ -101,6 +101,7 @@ def names_of_blocks(steps: Sequence[Step], classes: Mapping[str, str]) -> list[s
             if step.kind not in seen:
                 seen.append(step.kind)
     names = []
+    bridges = 0
     for position, step in enumerate(steps):
         if step.path is not None and step.kind is not None:
             name = classes[step.path]
@@ -109,5 +110,6 @@ def names_of_blocks(steps: Sequence[Step], classes: Mapping[str, str]) -> list[s
         elif position == len(steps) - 1:
             names.append("head")
         else:
-            names.append("embedding" if position == 0 else f"bridge.{position}")
+            bridges += position > 0
+            names.append("embedding" if position == 0 else f"bridge.{bridges}")
     return names

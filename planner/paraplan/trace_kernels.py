@@ -15,14 +15,27 @@ Kind = Literal["gemm", "grouped_gemm", "attention", "memory"]
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 # Calls that only write: the operand tells shape and dtype and is not read.
 _FILLS = frozenset(
-    "zeros ones full arange zeros_like ones_like full_like new_zeros new_ones new_full"
-    " zero_ fill_ scalar_tensor".split()
+    [
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zero_",
+        "fill_",
+        "scalar_tensor",
+    ]
 )
 # Calls that read as many elements of their first operand as they return, not all of it.
 _LOOKUPS = frozenset({"index", "gather", "index_select", "embedding"})
 # Calls that write as many elements of their first operand as the last operand has.
 _SCATTERS = frozenset(
-    "index_put_ _index_put_impl_ scatter_ scatter_add_ index_add_ index_copy_".split()
+    ["index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "index_add_", "index_copy_"]
 )
 
 
@@ -200,6 +213,4 @@ def _convolution_backward(args: tuple[Any, ...]) -> list[Kernel]:
 
 def mutates(function: torch._ops.OpOverload) -> tuple[bool, ...]:
     """For each argument of the schema: whether the call writes into it."""
-    return tuple(
-        bool(a.alias_info and a.alias_info.is_write) for a in function._schema.arguments
-    )
+    return tuple(bool(a.alias_info and a.alias_info.is_write) for a in function._schema.arguments)

@@ -53,9 +53,7 @@ def _is_stack(module: nn.Module) -> bool:
     if not isinstance(module, nn.Sequential) or len(module) < 2:
         return False
     kinds = {type(child) for child in module}
-    return len(kinds) < len(module) and all(
-        any(True for _ in child.children()) for child in module
-    )
+    return len(kinds) < len(module) and all(any(True for _ in child.children()) for child in module)
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:

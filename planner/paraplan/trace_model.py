@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraplan.errors import InputError
+from paraplan.errors import InputError, PlanError
 from paraplan.models import ModelSource
 from paraplan.trace_attention import IMPLEMENTATION, FusedAttention, register_with_transformers
 
@@ -55,33 +55,33 @@ def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str
     dtype = getattr(torch, compute_dtype)
     if source.kind == "callable":
         return _from_callable(source, dtype)
-    with _quiet():
-        cls, config = _class_and_config(source)
-        _check_length(source, config, sequence_length)
-        register_with_transformers()
-        try:
-            model = _instantiate(cls, config, dtype)
-        except Exception as error:
-            raise InputError(
-                f"{source.origin}: transformers cannot build {_name_of(cls)}: {_line(error)}"
-            ) from error
+    cls, config = _class_and_config(source)
+    _check_length(source, config, sequence_length)
+    register_with_transformers()
+    try:
+        model = _instantiate(cls, config, dtype)
+    except Exception as error:
+        raise InputError(
+            f"{source.origin}: transformers cannot build {_name_of(cls)}: {_line(error)}"
+        ) from error
     text = config.get_text_config()
     inputs = _text_inputs if _is_text(type(model).__name__) else _image_inputs
 
     def runner(sequences: int) -> Callable[[], Tensor]:
         arguments = inputs(model.config, sequences, sequence_length, dtype)
-        return lambda: _loss(model(**arguments), source.origin)
+        return lambda: _loss(lambda: model(**arguments), source.origin)
 
     return Built(model, text, config.model_type, getattr(model, "_tp_plan", None) or {}, runner)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' remarks about a config's unusual entries."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' remarks about what is unusual in a config."""
     from transformers.utils import logging
 
+    silent: Any = logging.set_verbosity_error
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    silent()
     try:
         yield
     finally:
@@ -150,18 +150,18 @@ def _remote(source: ModelSource) -> tuple[Any, Any]:
     """With --trust-remote-code: the classes in the config's own Python files."""
     from pathlib import Path
 
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    auto_config: Any = transformers.AutoConfig
+    auto_model: Any = transformers.AutoModelForCausalLM
     folder = Path(source.origin).parent
     try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=True, local_files_only=True
-        )
+        config = auto_config.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     except Exception as error:
         raise InputError(f"{source.origin}: its own code fails: {_line(error)}") from error
 
     def build(config: Any, **kwargs: Any) -> Any:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=True, **kwargs)
+        return auto_model.from_config(config, trust_remote_code=True, **kwargs)
 
     return build, config
 
@@ -210,8 +210,20 @@ def _image_inputs(
     }
 
 
-def _loss(output: Any, origin: str) -> Tensor:
-    """The loss in what a model returned."""
+def _loss(call: Callable[[], Any], origin: str) -> Tensor:
+    """Call the model; the loss in what it returns.
+
+    Raises:
+        InputError: its forward fails on tensors without data, or gives no loss.
+    """
+    try:
+        output = call()
+    except PlanError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{origin}: its forward pass cannot be traced without data: {_line(error)}"
+        ) from error
     loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
     if loss is None and isinstance(output, (list, tuple)) and output:
         loss = output[0]
@@ -251,12 +263,11 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
     def runner(sequences: int) -> Callable[[], Tensor]:
         inputs = _repeated(example, sequences, dtype)
 
-        def run() -> Tensor:
+        def call() -> Any:
             with nullcontext() if is_transformers else FusedAttention(), torch.device("meta"):
-                output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-            return _loss(output, source.spec)
+                return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
-        return run
+        return lambda: _loss(call, source.spec)
 
     plan = getattr(model, "_tp_plan", None) or {}
     text = config.get_text_config() if is_transformers and config is not None else None

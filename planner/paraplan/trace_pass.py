@@ -10,120 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paraplan.errors import InputError
 from paraplan.trace_kernels import tensors_in, touched_bytes
-from paraplan.trace_record import Log, Recorder
+from paraplan.trace_parts import Part, PassTrace, Role, RoleCall, Step, Subject
+from paraplan.trace_record import Recorder
 
-Role = Literal["column", "row", "experts", "vocabulary_embedding", "vocabulary_head"]
-"""What a module is under tensor parallelism; see `paraplan.trace_tensor`."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoleCall:
-    """One call of a module that tensor parallelism splits.
-
-    ``input_number`` names the storage of its input; bytes are of the whole tensors.
-    """
-
-    role: Role
-    input_number: int
-    input_bytes: int
-    output_bytes: int
-
-
-@dataclass(slots=True)
-class Part:
-    """A traced piece of the model: a kind of layer, or what lies between layers.
-
-    Attributes:
-        log: its kernels, forward and backward.
-        inputs: storage -> bytes of the differentiable tensors that it is given.
-        shared_inputs: those of ``inputs`` that other parts read too: their maker keeps them.
-        outputs: storages of the differentiable tensors that it makes for other parts.
-        kept_outputs: those of ``outputs`` that several later parts read.
-        used_inputs: for each of ``inputs``, whether a gradient comes back.
-        parameters: name -> elements on this tensor rank.
-        parameter_numbers: storages of the parameters.
-        parameter_gradients: storages of the gradients of its parameters.
-        role_calls: what tensor parallelism exchanges.
-        made: its result; a layer of the same kind makes the same again.
-    """
-
-    log: Log = field(default_factory=Log)
-    inputs: dict[int, int] = field(default_factory=dict)
-    shared_inputs: set[int] = field(default_factory=set)
-    outputs: list[int] = field(default_factory=list)
-    kept_outputs: set[int] = field(default_factory=set)
-    used_inputs: list[bool] = field(default_factory=list)
-    parameters: dict[str, int] = field(default_factory=dict)
-    parameter_numbers: dict[int, str] = field(default_factory=dict)
-    parameter_gradients: set[int] = field(default_factory=set)
-    role_calls: list[RoleCall] = field(default_factory=list)
-    made: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One place in the order of execution.
-
-    Attributes:
-        path: of the layer, or None for what lies between layers.
-        kind: number of the kind of layer, or None.
-        given: storages of the differentiable tensors that come in.
-        reads: those of them that it needs.
-        makes: storages of those that go out.
-        modules: paths of the modules with parameters that first run here.
-    """
-
-    path: str | None
-    kind: int | None
-    part: Part
-    given: tuple[int, ...]
-    reads: tuple[int, ...]
-    makes: tuple[int, ...]
-    modules: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PassTrace:
-    """Everything that one pass found.
-
-    Attributes:
-        steps: in order of execution; stretches between layers that compute nothing that has a
-            gradient belong to the next step.
-        kinds: layer path -> kind.
-        sizes: storage -> bytes of the tensors that steps hand on.
-        without_gradient: trainable parameters that no backward reached.
-    """
-
-    steps: tuple[Step, ...]
-    kinds: dict[str, int]
-    sizes: dict[int, int]
-    without_gradient: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is traced.
-
-    Attributes:
-        model: on the meta device, in training mode.
-        layers: repeated layers by path.
-        structures: equal for layers that launch the same kernels.
-        outside: modules outside of layers that hold parameters themselves, by path.
-    """
-
-    model: nn.Module
-    layers: Mapping[str, nn.Module]
-    structures: Mapping[str, Any]
-    outside: Mapping[str, nn.Module]
+_View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""Storage, offset, shape and stride."""
 
 
 def trace_pass(
@@ -160,6 +60,7 @@ class _Pass:
         self.parts: dict[int, Part] = {}
         self.leaves: dict[int, Tensor] = {}
         self.section_outputs: dict[int, dict[int, Tensor]] = {}  # id of log -> tensors
+        self.crossing: dict[int, list[int]] = {}  # id of log -> storages that later ones read
         self.sizes: dict[int, int] = {}
         self.tainted: set[int] = set()
         self.held: list[Tensor] = []
@@ -213,7 +114,7 @@ class _Pass:
         self.held.clear()
         for section in reversed(sections):
             outputs = list(self.section_outputs[id(section.log)].values())
-            inputs = [self.leaves[n] for n in section.inputs]
+            inputs = [self.leaves[n] for n in section.inputs if n in self.leaves]
             self._backward(section, outputs, inputs)
         self._mark_kept()
 
@@ -240,18 +141,23 @@ class _Pass:
             name: self.parameters[n].numel() for n, name in section.parameter_numbers.items()
         }
         section.inputs = {n: self.sizes[n] for n in read if n in self.leaves}
-        crossing = [n for n in read if n in self.recorder.owner and self._foreign(n)]
+        crossing = [n for n in read if n in self.tainted and self._foreign(n)]
         modules = tuple(m for m, log in self.called.items() if log == id(section.log))
-        reads = (*section.inputs, *crossing)
+        section.inputs.update((n, self.recorder.owner[n].births[n]) for n in crossing)
+        reads = tuple(section.inputs)
         for number in crossing:
-            self.sizes[number] = self.recorder.owner[number].births[number]
+            owner = self.recorder.owner[number]
+            self.sizes[number] = owner.births[number]
+            self.crossing.setdefault(id(owner), []).append(number)
         makes = self.section_outputs[id(section.log)]
         self.steps.append(Step(None, None, section, reads, reads, tuple(makes), modules))
         if not last:
             self._open_section()
 
     def _foreign(self, number: int) -> bool:
-        return self.recorder.owner[number] is not self.section.log
+        """A section before this one made it."""
+        owner = self.recorder.owner.get(number)
+        return owner is not None and owner is not self.section.log
 
     # Layers.
 
@@ -259,14 +165,15 @@ class _Pass:
     def _stand_ins(self) -> Iterator[None]:
         """While it lasts, calling a layer calls `_layer`."""
         layers = self.subject.layers
-        try:
+        with ExitStack() as stack:
             for path, module in layers.items():
                 original = module.forward
-                module.forward = partial(self._layer, path, module, original)
+                if "forward" in module.__dict__:
+                    stack.callback(setattr, module, "forward", original)
+                else:
+                    stack.callback(module.__dict__.pop, "forward")
+                module.__dict__["forward"] = partial(self._layer, path, module, original)
             yield
-        finally:
-            for module in layers.values():
-                module.__dict__.pop("forward", None)
 
     def _layer(
         self, path: str, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -274,8 +181,8 @@ class _Pass:
         if path in self.kinds:
             raise InputError(f"layer {path} runs more than once in one forward pass")
         given = list(tensors_in((args, kwargs)))
-        differentiable = {self.recorder.number(t): t for t in given if t.requires_grad}
-        for number, tensor in differentiable.items():
+        differentiable = {self._view(t): t for t in given if t.requires_grad}
+        for (number, *_), tensor in differentiable.items():
             owner = self.recorder.owner.get(number)
             if owner is not None and id(owner) in self.section_outputs:
                 self.section_outputs[id(owner)].setdefault(number, tensor)
@@ -286,12 +193,12 @@ class _Pass:
         part = self.parts.get(kind)
         if part is None:
             part = self.parts[kind] = self._trace_layer(path, module, original, args, kwargs)
-        reads = [n for n, used in zip(differentiable, part.used_inputs, strict=True) if used]
+        numbers = dict.fromkeys(view[0] for view in differentiable)
+        used = {v[0] for v, used in zip(differentiable, part.used_inputs, strict=True) if used}
+        reads = [number for number in numbers if number in used]
         makes: list[int] = []
         result = self._imitate(part.made, given, makes)
-        self.steps.append(
-            Step(path, kind, part, tuple(differentiable), tuple(reads), tuple(makes))
-        )
+        self.steps.append(Step(path, kind, part, tuple(numbers), tuple(reads), tuple(makes)))
         return result
 
     def _kind(self, path: str, given: list[Tensor]) -> int:
@@ -313,7 +220,7 @@ class _Pass:
         kwargs: dict[str, Any],
     ) -> Part:
         part = Part()
-        cuts: dict[int, Tensor] = {}
+        cuts: dict[_View, Tensor] = {}
         recorder = self.recorder
         for name, parameter in module.named_parameters():
             full = f"{path}.{name}"
@@ -327,9 +234,14 @@ class _Pass:
             result = original(*cut_args, **cut_kwargs)
             self.part = self.section
         part.log.end_forward()
-        part.inputs = {n: touched_bytes(t) for n, t in cuts.items()}
-        outputs = {recorder.number(t): t for t in tensors_in((result,)) if t.requires_grad}
-        outputs = {n: t for n, t in outputs.items() if n not in cuts}
+        part.inputs = {view[0]: touched_bytes(t) for view, t in cuts.items()}
+        results = {recorder.number(t): t for t in tensors_in((result,))}
+        outputs = {n: t for n, t in results.items() if t.requires_grad and n not in part.inputs}
+        if not outputs:
+            raise InputError(f"layer {path} has nothing to train: frozen layers are not supported")
+        part.kept_outputs = {  # constants that it makes for the layers behind it
+            n for n, t in results.items() if not t.requires_grad and n in part.log.births
+        }
         part.outputs = list(outputs)
         part.used_inputs = self._backward(part, list(outputs.values()), list(cuts.values()))
         indices = {id(cut): index for index, cut in self._indexed(args, kwargs, cuts)}
@@ -337,23 +249,28 @@ class _Pass:
         return part
 
     def _indexed(
-        self, args: Any, kwargs: Any, cuts: dict[int, Tensor]
+        self, args: Any, kwargs: Any, cuts: dict[_View, Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         """Each cut tensor with its place among the tensors that the layer is given."""
         for index, tensor in enumerate(tensors_in((args, kwargs))):
-            cut = cuts.get(self.recorder.number(tensor)) if tensor.requires_grad else None
+            cut = cuts.get(self._view(tensor)) if tensor.requires_grad else None
             if cut is not None:
                 yield index, cut
 
-    def _cut(self, value: Any, cuts: dict[int, Tensor]) -> Any:
+    def _view(self, tensor: Tensor) -> _View:
+        """Equal for tensors that are the same part of the same storage."""
+        number = self.recorder.number(tensor)
+        return number, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+    def _cut(self, value: Any, cuts: dict[_View, Tensor]) -> Any:
         """The same arguments with every differentiable tensor made a leaf of its own graph."""
         if isinstance(value, Tensor):
             if not value.requires_grad:
                 return value
-            number = self.recorder.number(value)
-            if number not in cuts:
-                cuts[number] = value.detach().requires_grad_()
-            return cuts[number]
+            view = self._view(value)
+            if view not in cuts:
+                cuts[view] = value.detach().requires_grad_()
+            return cuts[view]
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return type(value)(self._cut(v, cuts) for v in value)
         if type(value) is dict:
@@ -389,9 +306,7 @@ class _Pass:
         wanted = [self.trainable[n] for n in numbers]
         with self.recorder.into(part.log, "backward"):
             seeds = [None if t.dim() == 0 else torch.empty_like(t) for t in outputs]
-            gradients = torch.autograd.grad(
-                outputs, [*wanted, *inputs], seeds, allow_unused=True
-            )
+            gradients = torch.autograd.grad(outputs, [*wanted, *inputs], seeds, allow_unused=True)
         for number, gradient in zip(numbers, gradients, strict=False):
             if gradient is None:
                 self.without_gradient.append(part.parameter_numbers[number])
@@ -401,33 +316,46 @@ class _Pass:
 
     def _mark_kept(self) -> None:
         """Outputs that several later steps read are kept once, by the step that makes them."""
+        for position, step in enumerate(self.steps):
+            if step.kind is None:
+                more = self.crossing.get(id(step.part.log), [])
+                makes = tuple(dict.fromkeys((*step.makes, *more)))
+                self.steps[position] = replace(step, makes=makes)
         readers: dict[int, int] = {}
         for step in self.steps:
             for number in step.reads:
                 readers[number] = readers.get(number, 0) + 1
         shared = {number for number, count in readers.items() if count > 1}
+        private: dict[int, set[int]] = {}  # id of part -> inputs that only one step reads
         for step in self.steps:
-            if step.kind is None:
-                step.part.outputs = list(step.makes)
             part = step.part
-            part.kept_outputs |= {
-                own for number, own in zip(step.makes, part.outputs, strict=True) if number in shared
-            }
-            part.shared_inputs |= {
-                own for number, own in zip(step.given, part.inputs, strict=False) if number in shared
-            }
+            if step.kind is None:
+                part.outputs = list(step.makes)
+            made = zip(step.makes, part.outputs, strict=True)
+            given = zip(step.given, part.inputs, strict=True)
+            part.kept_outputs |= {own for number, own in made if number in shared}
+            mine = private.setdefault(id(part), set())
+            mine |= {own for number, own in given if number not in shared}
+            part.shared_inputs = part.inputs.keys() - mine
 
     def _watch(self, stack: ExitStack, path: str, module: nn.Module) -> None:
         """Note calls of ``module`` if tensor parallelism splits it."""
         role = self.roles.get(path)
-        if role is not None:
-            hook = partial(self._role_called, role)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        if role is None:
+            return
+        if role == "experts":
+            stack.callback(module.register_forward_pre_hook(self._enter_experts).remove)
+        hook = partial(self._role_called, role)
+        stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def _enter_experts(self, *_: Any) -> None:
+        self.recorder.start_marking()
 
     def _called(self, path: str, *_: Any) -> None:
         self.called.setdefault(path, id(self.section.log))
 
     def _role_called(self, role: Role, _: Any, args: Any, kwargs: Any, output: Any) -> None:
+        self.recorder.stop_marking()
         source = next(tensors_in((args, kwargs)))
         result = next(tensors_in((output,)))
         self.part.role_calls.append(

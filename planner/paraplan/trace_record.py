@@ -26,13 +26,20 @@ Phase = Literal["forward", "backward"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel launch; ``reads`` and ``writes`` are numbers of storages."""
+    """One kernel launch.
+
+    Attributes:
+        reads, writes: numbers of storages.
+        marked: it ran between `Recorder.start_marking` and `stop_marking`, or
+            to the backward of one.
+    """
 
     name: str
     phase: Phase
     kernel: Kernel
     reads: tuple[int, ...]
     writes: tuple[int, ...]
+    marked: bool = False
 
 
 @dataclass(slots=True)
@@ -68,11 +75,12 @@ class Log:
         return {n for call in self.calls if call.phase == phase for n in call.reads}
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every kernel launch into ``log``; ``phase`` says under which heading."""
 
     def __init__(self) -> None:
-        super().__init__()
+        """Start with an empty log."""
+        super().__init__()  # type: ignore[no-untyped-call]
         self.log = Log()
         self.phase: Phase = "forward"
         self.recording = True
@@ -81,18 +89,23 @@ class Recorder(TorchDispatchMode):
         self._references: dict[int, Any] = {}
         self._count = 0
         self._mutated: dict[Any, tuple[bool, ...]] = {}
+        self._marked: list[tuple[int, int]] = []
+        self._marking: int | None = None
 
-    def number(self, tensor: Tensor) -> int:
-        """The number of the tensor's storage; one not seen before gets the next."""
+    def number(self, tensor: Tensor, *, log: Log | None = None) -> int:
+        """The number of the tensor's storage; one not seen before gets the next.
+
+        Args:
+            log: part of the model that made the tensor just now.
+        """
         storage = tensor.untyped_storage()
         known = self._numbers.get(storage._cdata)
-        return self._register(storage) if known is None else known
+        return self._register(storage, log) if known is None else known
 
-    def _register(self, storage: torch.UntypedStorage) -> int:
+    def _register(self, storage: torch.UntypedStorage, log: Log | None) -> int:
         address = storage._cdata
         self._count += 1
         number = self._numbers[address] = self._count
-        log = self.log if self.recording else None
         if log is not None:
             log.births[number] = storage.nbytes()
             log.events.append((number, storage.nbytes()))
@@ -125,6 +138,24 @@ class Recorder(TorchDispatchMode):
         finally:
             self.log, self.phase = before
 
+    def start_marking(self) -> None:
+        """Mark the calls that follow, and those of their backward."""
+        self._marking = torch._C._autograd._get_sequence_nr()
+
+    def stop_marking(self) -> None:
+        """End what `start_marking` began."""
+        if self._marking is not None:
+            self._marked.append((self._marking, torch._C._autograd._get_sequence_nr()))
+        self._marking = None
+
+    def _is_marked(self) -> bool:
+        """Autograd numbers its nodes in the order of the forward; the backward runs them."""
+        if self.phase == "forward":
+            return self._marking is not None
+        node = torch._C._current_autograd_node() if self._marked else None
+        number = node._sequence_nr() if node is not None else -1
+        return any(first <= number < last for first, last in self._marked)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -137,12 +168,14 @@ class Recorder(TorchDispatchMode):
         read_numbers = [self.number(t) for t in reads]
         results = list(tensors_in((result,)))
         seen = set(read_numbers)
-        result_numbers = [self.number(t) for t in results]
+        result_numbers = [self.number(t, log=self.log) for t in results]
         fresh = [t for t, n in zip(results, result_numbers, strict=True) if n not in seen]
         changed = self._changed(func, args, kwargs)
         if not fresh and not changed:
             return result  # a view
         writes = [*fresh, *changed]
+        written = tuple(dict.fromkeys(self.number(t) for t in writes))
+        marked = self._is_marked()
         name = func._schema.name.partition("::")[2]
         for kernel in kernels_of(name, args, reads, writes):
             self.log.calls.append(
@@ -151,7 +184,8 @@ class Recorder(TorchDispatchMode):
                     self.phase,
                     kernel,
                     tuple(dict.fromkeys(read_numbers)),
-                    tuple(dict.fromkeys(self.number(t) for t in writes)),
+                    written,
+                    marked,
                 )
             )
         return result

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paraplan.trace_pass import Role
+from paraplan.trace_parts import Role
 from paraplan.trace_tensor import TensorTable, matching
 
 
@@ -73,9 +73,7 @@ def tensor_split(model: nn.Module, config: Any, table: TensorTable) -> TensorSpl
     for pattern, attribute in table.divided:
         numbers.extend((modules[path], attribute) for path in matching(pattern, modules))
     vocabulary, vocabulary_roles = _vocabulary(model, modules)
-    return TensorSplit(
-        tuple(cuts), roles, tuple(numbers), vocabulary, vocabulary_roles, holders
-    )
+    return TensorSplit(tuple(cuts), roles, tuple(numbers), vocabulary, vocabulary_roles, holders)
 
 
 def _feature_dims(module: nn.Module) -> tuple[int, int]:
@@ -127,7 +125,8 @@ def _vocabulary(
     head = find_head() if find_head else None
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         return (), {}
-    cuts = {id(c.parameter): c for c in (Cut(embedding.weight, 0), *_column(head))}
+    rows = Cut(embedding._parameters["weight"], 0)  # type: ignore[arg-type]
+    cuts = {id(c.parameter): c for c in (rows, *_column(head))}
     roles: dict[str, Role] = {}
     for path, module in modules.items():
         if module is head:
@@ -156,7 +155,7 @@ def sharded(
             for module, name in split.holders[id(cut.parameter)]:
                 module._parameters[name] = smaller
                 stack.callback(module._parameters.__setitem__, name, cut.parameter)
-                if getattr(module, "padding_idx", None) is not None:
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     stack.callback(setattr, module, "padding_idx", module.padding_idx)
                     module.padding_idx = None  # may lie on another rank
         for owner, name in numbers:

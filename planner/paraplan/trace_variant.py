@@ -18,7 +18,7 @@ from paraplan.graph import (
     Saved,
 )
 from paraplan.trace_kernels import Kernel
-from paraplan.trace_pass import Part, RoleCall
+from paraplan.trace_parts import Part, RoleCall
 from paraplan.trace_record import Call, Phase
 
 Place = tuple[str, int, int]
@@ -98,7 +98,9 @@ def saved_storages(part: Part) -> set[int]:
     return (alive - dropped) | part.kept_outputs | inputs
 
 
-def rebuilding(part: Part, wanted: Collection[int], *, keep_products: bool) -> tuple[set[int], set[int]]:
+def rebuilding(
+    part: Part, wanted: Collection[int], *, keep_products: bool
+) -> tuple[set[int], set[int]]:
     """What must run again to have the storages ``wanted`` back.
 
     Args:
@@ -199,10 +201,18 @@ def _ops(traced: Traced, reruns: dict[Recompute, set[int]], degree: int) -> tupl
             call.phase,
             call.kernel,
             one,
-            degree > 1 and index in whole and whole[index].kernel == call.kernel,
+            _replicated(call, whole.get(index)) if degree > 1 else False,
             tuple(mode for mode in RECOMPUTE_MODES if index in reruns[mode]),
         ] += 1
     return tuple(_op(*key, count=count) for key, count in counted.items())
+
+
+def _replicated(call: Call, whole: Call | None) -> bool:
+    """The same work as without tensor parallelism, on tokens that sequence parallelism splits.
+
+    Experts work on gathered tokens: what each rank does whole there stays whole.
+    """
+    return whole is not None and whole.kernel == call.kernel and not call.marked
 
 
 def _op(
@@ -258,7 +268,8 @@ def _saved(traced: Traced, numbers: set[int]) -> Saved:
     whole = sizes_by_place(traced.whole, aligned(traced.whole.log.calls, base))
     places = places_of(two, list(own))
     sizes = two.log.births | two.inputs
-    column_inputs = {c.input_number for c in two.role_calls if c.role in _COLUMNS}
+    gathered = {c.input_number for c in two.role_calls if c.role in _COLUMNS}
+    gathered |= {n for call in base if call.marked for n in call.writes}
     sums = {"sharded": [0, 0], "replicated": [0, 0], "gathered": [0, 0]}
     for number in numbers:
         size = sizes[number]
@@ -266,7 +277,7 @@ def _saved(traced: Traced, numbers: set[int]) -> Saved:
         if place is None or whole.get(place, 0) != size:
             part = "sharded"
         else:
-            part = "gathered" if number in column_inputs else "replicated"
+            part = "gathered" if number in gathered else "replicated"
         sums[part][0] += single.get(place, -(-size // 2)) if place else -(-size // 2)
         sums[part][1] += size
     return Saved(**{name: amount(one, two_) for name, (one, two_) in sums.items()})

@@ -26,7 +26,7 @@ from paraplan_runtime.schedule import Runner
 from paraplan_runtime.shard import COMPUTE_DTYPES, shard
 from paraplan_runtime.stage import StagePaths, cut, stage_paths
 from paraplan_runtime.state import stage_entries
-from paraplan_runtime.tensor import TensorPlan, tensor_plan
+from paraplan_runtime.tensor import TensorPlan, fused_parameters, tensor_plan
 from paraplan_runtime.tensor_apply import apply_tensor_parallel
 from paraplan_runtime.tied import TiedWeights, find_tied
 
@@ -53,6 +53,7 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
     splits = tensor_plan(model, plan, stages)
     tied = find_tied(model, stages)
     loss = _take_over_loss(model, ranks, splits)
+    fused = fused_parameters(model)
     state_order = list(model.state_dict())
     signature = inspect.signature(model.forward)
     models = [
@@ -78,6 +79,8 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
         spread_output=splits.head is not None,
         entries=[entry for part, _ in models for entry in stage_entries(part, splits.split)],
         state_order=state_order,
+        fused=fused,
+        aliases=tied.names,
         finish_gradients=finish,
         hidden_width=_hidden_width(model),
     )

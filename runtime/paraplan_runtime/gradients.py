@@ -126,7 +126,7 @@ def reduce_together(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
         dist.all_reduce(flat, group=group)
         sizes = [tensor.numel() for tensor in same]
-        for tensor, total in zip(same, flat.split(sizes), strict=True):
+        for tensor, total in zip(same, torch.split(flat, sizes), strict=True):
             tensor.copy_(total.view_as(tensor))
 
 

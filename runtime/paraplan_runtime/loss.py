@@ -61,7 +61,8 @@ class GlobalLoss:
                 "the labels are floating-point: the runtime normalises cross entropies only",
                 hint="call the model without labels and compute the loss from the outputs",
             )
-        return (labels != IGNORED_LABEL).sum()
+        count: torch.Tensor = (labels != IGNORED_LABEL).sum()
+        return count
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any

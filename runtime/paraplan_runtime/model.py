@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from paraplan_runtime.batch import (
     split_rows,
     take_micro_batch,
 )
+from paraplan_runtime.files import MAX_SHARD_BYTES, read_safetensors, write_safetensors
 from paraplan_runtime.gradients import GradientStash, Parameter, put_back, set_aside
 from paraplan_runtime.loss import GlobalLoss, returned_loss, sum_over_ranks
 from paraplan_runtime.mesh import Ranks
@@ -35,6 +37,7 @@ from paraplan_runtime.random_state import ModelRandomState
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.stage import Objective, Step
 from paraplan_runtime.state import Entry, iterate_whole, load_whole
+from paraplan_runtime.tensor import ParameterSplit
 
 FIRST_LOSS_SCALE = 65536.0
 """``torch.amp.GradScaler``'s own first scale; later ones are those it used last."""
@@ -60,6 +63,8 @@ class ParallelModel(nn.Module):
         spread_output: whether the outputs' last dimension is split over the tensor ranks.
         entries: this rank's entries of the state dict.
         state_order: the keys of the whole model's state dict.
+        fused: parameters of several parts that tensor ranks would split one by one.
+        aliases: keys of tied tensors -> the first key of each.
         finish_gradients: adds up what several ranks computed parts or copies of.
         hidden_width: last dimension of the hidden state between stages, if known.
     """
@@ -76,6 +81,8 @@ class ParallelModel(nn.Module):
         spread_output: bool,
         entries: Sequence[Entry],
         state_order: Sequence[str],
+        fused: Mapping[str, ParameterSplit],
+        aliases: Mapping[str, str],
         finish_gradients: Callable[[GradientStash], None],
         hidden_width: int | None,
     ) -> None:
@@ -84,21 +91,24 @@ class ParallelModel(nn.Module):
         self.ranks = ranks
         self.stages = nn.ModuleList(runner.stages)
         self._runner = runner
-        self._own = parameters
+        self.own = parameters
         self._loss = loss
         self._signature = signature
         self._spread_output = spread_output
-        self._entries = entries
+        self.entries = entries
+        self.fused = fused
+        self._aliases = aliases
         self._state_order = state_order
         self._finish_gradients = finish_gradients
         self._hidden_width = hidden_width
-        self._random_state = ModelRandomState(ranks)
+        self.random_state = ModelRandomState(ranks)
         self._scales = plan.workload.precision == "fp16"
         self._loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=ranks.device)
         self._checked = 0
         self._noted_size = False
 
     def __getattr__(self, name: str) -> Any:
+        """What the runtime does not define comes from the model: ``config``, for instance."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -111,19 +121,39 @@ class ParallelModel(nn.Module):
 
         Each is a DTensor with this rank's shard; other stages' parameters are not there.
         """
-        for parameter in self._own:
+        for parameter in self.own:
             yield (f"{prefix}.{parameter.name}" if prefix else parameter.name), parameter.value
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """The whole model's state dict on the CPU, on every rank; every rank must call it."""
         return {
             name: tensor.cpu().clone()
-            for name, tensor in iterate_whole(self._entries, self._state_order, self.ranks)
+            for name, tensor in iterate_whole(self.entries, self._state_order, self.ranks)
         }
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, max_shard_size: int = MAX_SHARD_BYTES
+    ) -> None:
+        """Write the ordinary checkpoint of the whole model; every rank must call it.
+
+        Args:
+            max_shard_size: bytes of one safetensors file at most.
+        """
+        folder = Path(save_directory)
+        order = [name for name in self._state_order if name not in self._aliases]
+        write_safetensors(folder, iterate_whole(self.entries, order, self.ranks), max_shard_size)
+        for name in ("config", "generation_config"):
+            settings: Any = getattr(self.stages[0].model, name, None)
+            if self.ranks.speaks and settings is not None:
+                settings.save_pretrained(folder)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Read this rank's shards from an ordinary checkpoint, and nothing else of it."""
+        read_safetensors(Path(folder), self.entries, self._aliases, self.ranks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Take this rank's shards from the whole model's state dict."""
-        load_whole(self._entries, state_dict, self.ranks)
+        load_whole(self.entries, state_dict, self.ranks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the global batch; arguments are those of the model itself."""
@@ -174,7 +204,7 @@ class ParallelModel(nn.Module):
         if loss is None:
             raise RuntimeError("this model computes no loss")
         loss.targets = loss.count_targets(batch)
-        before = self._random_state.state
+        before = self.random_state.state
         training = torch.is_grad_enabled()
         calls = loss.calls
         step, stash = self._run(batch, split, "loss", backward=training)
@@ -226,19 +256,19 @@ class ParallelModel(nn.Module):
             cotangent=cotangent,
             scale=self._loss_scale if self._scales and objective == "loss" and backward else None,
         )
-        taken = set_aside(self._own)
+        taken = set_aside(self.own)
         try:
             # Backward passes must not run under autocast; each stage's forward enters it again.
             with (
-                self._random_state.active(),
+                self.random_state.active(),
                 torch.autocast(device.type, enabled=False),
             ):
                 self._runner.run(step, self._hidden_shape(batch, split))
-            stash = GradientStash(self._own)
+            stash = GradientStash(self.own)
             if backward:
                 self._finish_gradients(stash)
         finally:
-            put_back(self._own, taken)
+            put_back(self.own, taken)
         return step, stash
 
     def _hidden_shape(self, batch: dict[str, Any], split: Split) -> tuple[int, ...] | None:
@@ -260,7 +290,7 @@ class ParallelModel(nn.Module):
         )
 
     def _outputs(self, batch: dict[str, Any], split: Split) -> Callable[[], torch.Tensor]:
-        before = self._random_state.state
+        before = self.random_state.state
         step, _ = self._run(batch, split, "output", backward=False)
         parts = [step.results[i] for i in sorted(step.results)]
         if not torch.is_grad_enabled():
@@ -272,7 +302,7 @@ class ParallelModel(nn.Module):
         self, batch: dict[str, Any], split: Split, before: Any, gradient: torch.Tensor
     ) -> None:
         """Run the step with gradients, given d loss / d outputs of the global batch."""
-        after, self._random_state.state = self._random_state.state, before
+        after, self.random_state.state = self.random_state.state, before
 
         def cotangent(micro_batch: int) -> torch.Tensor:
             return cotangent_rows(
@@ -281,7 +311,7 @@ class ParallelModel(nn.Module):
 
         with torch.enable_grad():
             _, stash = self._run(batch, split, "cotangent", backward=True, cotangent=cotangent)
-        self._random_state.state = after
+        self.random_state.state = after
         stash.install(torch.ones((), device=self.ranks.device))
 
     def _logits_again(
@@ -293,13 +323,13 @@ class ParallelModel(nn.Module):
                 "outputs.logits was read after the optimizer changed the parameters",
                 hint="read outputs.logits before optimizer.step()",
             )
-        after, self._random_state.state = self._random_state.state, before
+        after, self.random_state.state = self.random_state.state, before
         step, _ = self._run(batch, split, "output", backward=False)
-        self._random_state.state = after
+        self.random_state.state = after
         return self._gather([step.results[i] for i in sorted(step.results)], split)
 
     def _versions(self) -> tuple[int, ...]:
-        return tuple(parameter.value._version for parameter in self._own)
+        return tuple(parameter.value._version for parameter in self.own)
 
 
 def _current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

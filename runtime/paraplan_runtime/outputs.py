@@ -41,6 +41,7 @@ class ParallelOutput:
         return ("logits",) if self.loss is None else ("loss", "logits")
 
     def __getitem__(self, key: int | str) -> Any:
+        """By position or name."""
         names = self.keys()
         name = names[key] if isinstance(key, int) else key
         if name not in names:
@@ -48,9 +49,11 @@ class ParallelOutput:
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[Any]:
+        """The values in order."""
         return (self[name] for name in self.keys())
 
     def __getattr__(self, name: str) -> Any:
+        """Refuse what the model's own output might have had."""
         raise AttributeError(
             f"the parallel model's output has no {name!r}: it keeps {', '.join(self.keys())}"
         )

@@ -53,6 +53,7 @@ def shard(
         fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3, mp_policy=policy)
     _move(model, ranks.device)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    _materialise(model, ranks.device)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is normalised by the global number of targets, so gradients are summed.
@@ -61,8 +62,22 @@ def shard(
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+    if not any(parameter.is_meta for parameter in module.parameters()):
         module.to(device)
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Allocate the shards of parameters that were built on meta; their values come later."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.to_empty(device=device)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.to(device)
 
 
 def prepare_micro_batch(model: nn.Module, zero_stage: int, *, last: bool) -> None:

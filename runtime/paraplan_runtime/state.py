@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from paraplan.errors import InputError
 from paraplan_runtime.gradients import local
 from paraplan_runtime.mesh import Ranks
-from paraplan_runtime.tensor import ParameterSplit, local_part
+from paraplan_runtime.tensor import ParameterSplit
 
 
 @dataclass(frozen=True)
@@ -125,21 +125,44 @@ def load_whole(entries: Sequence[Entry], state: Mapping[str, torch.Tensor], rank
         if entry.path not in state:
             raise InputError(f"the state dict has no {entry.path!r}")
         full = state[entry.path]
-        if tuple(full.shape) != _whole_shape(entry):
-            raise InputError(
-                f"{entry.path!r} has shape {tuple(full.shape)} in the state dict, "
-                f"{_whole_shape(entry)} in the model"
-            )
-        local(entry.value).copy_(shard_of(full, entry, ranks))
+        check_shape(entry, tuple(full.shape))
+        for index, view in regions(entry, ranks):
+            view.copy_(full[index])
 
 
-def shard_of(full: torch.Tensor, entry: Entry, ranks: Ranks) -> torch.Tensor:
-    """This rank's shard of a whole tensor: the tensor ranks' split, then FSDP's rows."""
-    layout = ranks.layout
-    part = local_part(full, entry.split, layout.tensor, ranks.place("tensor"))
+def check_shape(entry: Entry, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless the whole tensor has ``shape``."""
+    if shape != _whole_shape(entry):
+        raise InputError(
+            f"{entry.path!r} has shape {shape} in the file, {_whole_shape(entry)} in the model"
+        )
+
+
+def regions(entry: Entry, ranks: Ranks) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """Where this rank's shard lies in the whole tensor: slices of it, each with the local view.
+
+    The tensor ranks' split comes first, then FSDP's, which cuts dimension 0 as torch.chunk does
+    (the last ranks may hold fewer rows, or none).
+    """
+    shard = local(entry.value.detach())
+    shape, split = _whole_shape(entry), entry.split
+    index = [slice(0, size) for size in shape]
     if not isinstance(entry.value, DTensor):
-        return part
-    # FSDP cuts dimension 0 as torch.chunk does: the last ranks may hold nothing.
-    chunks = part.chunk(layout.data_shard)
-    place = ranks.place("data_shard")
-    return chunks[place] if place < len(chunks) else part[:0]
+        yield tuple(index), shard
+        return
+    degree, place = ranks.layout.tensor, ranks.place("tensor")
+    width = shape[split.dimension] // (split.parts * degree) if split else 0
+    if split is not None:
+        index[split.dimension] = slice(width * place, width * (place + 1))
+    if shape:
+        held = index[0].stop - index[0].start
+        longest = -(-held // ranks.layout.data_shard)
+        first = index[0].start + min(longest * ranks.place("data_shard"), held)
+        index[0] = slice(first, first + shard.shape[0])
+    if split is None or split.parts == 1:
+        yield tuple(index), shard
+        return
+    for part in range(split.parts):
+        start = width * (part * degree + place)
+        index[split.dimension] = slice(start, start + width)
+        yield tuple(index), shard.select(split.dimension, part)

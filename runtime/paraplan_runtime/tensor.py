@@ -194,6 +194,19 @@ def tensor_plan(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) ->
     return _with_partial(model, result, layers)
 
 
+def fused_parameters(model: nn.Module) -> dict[str, ParameterSplit]:
+    """Parameters of several parts, whatever the tensor degree: checkpoints store them apart."""
+    try:
+        styles = model_styles(model)
+    except InputError:
+        return {}
+    result: dict[str, ParameterSplit] = {}
+    for path, (style, parts) in styles.items():
+        if style == "column" and parts > 1:
+            result |= _split_parameters(model, path, style, parts, {})
+    return result
+
+
 def _split_parameters(
     model: nn.Module, path: str, style: Style, parts: int, sliced: dict[str, int]
 ) -> dict[str, ParameterSplit]:
@@ -256,6 +269,12 @@ def _check_divides(model: nn.Module, split: Mapping[str, ParameterSplit], degree
             raise InputError(f"tensor({degree}) does not divide {name}({heads})")
     for path, how in split.items():
         size = model.get_parameter(path).shape[how.dimension]
+        if how.parts > 1 and how.dimension == 0:
+            raise InputError(
+                f"tensor parallelism: {path} holds {how.parts} parts in its first dimension, "
+                "across which FSDP shards",
+                hint="plan with --tensor 1",
+            )
         if size % (how.parts * degree):
             raise InputError(
                 f"tensor({degree}) does not divide {path}: {how.parts} parts of {size // how.parts}"

@@ -120,7 +120,9 @@ def _use_local_parameters(
     leave = exchange.leave_to_sequence if shards else exchange.leave
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        spread = {k: p for k, p in module._parameters.items() if isinstance(p, DTensor)}
+        spread: dict[str, Any] = {
+            k: p for k, p in module._parameters.items() if isinstance(p, DTensor)
+        }
         local = {k: _flat(p.to_local(), flat.get(k)) for k, p in spread.items()}
         bias = local.get("bias")
         if bias is not None and parts is not None:
@@ -140,7 +142,7 @@ def _use_local_parameters(
         return result
 
     module.forward = forward  # type: ignore[method-assign]
-    if path == plan.embedding:
+    if path == plan.embedding and isinstance(module, nn.Embedding):
         _split_vocabulary(module, ranks)
 
 
@@ -148,11 +150,11 @@ def _flat(tensor: torch.Tensor, dimension: int | None) -> torch.Tensor:
     return tensor if dimension is None else tensor.flatten(dimension, dimension + 1)
 
 
-def _split_vocabulary(module: nn.Module, ranks: Ranks) -> None:
+def _split_vocabulary(module: nn.Embedding, ranks: Ranks) -> None:
     """Look up the ids of this rank's slice of the table; the others' rows come as zeros."""
     group, inner = ranks.group("tensor"), module.forward
     degree, place = ranks.layout.tensor, ranks.place("tensor")
-    rows = int(module.num_embeddings) // degree
+    rows = module.num_embeddings // degree
     first = rows * place
     padding = module.padding_idx
     if isinstance(padding, int):
