@@ -152,6 +152,11 @@ BAD = [
         "not the global batch of 6",
     ),
     (["estimate", "--model", "tiny", "--gpus", "1", "--fix", "zero_stage=3"], "zero_stage(3)"),
+    (
+        ["--model", "tiny", "--gpus", "8", "--global-batch", "6", "--fix", "data_shard=8"],
+        "global batch 6 does not divide over 8 data ranks",
+    ),
+    (["--model", "tiny", "--gpus", "8", "--fix", "tensor=3"], "no layout of tiny"),
     (["explain", "missing.json"], "missing.json"),
     (["explain", "tiny/config.json"], "format is None"),
     (["diff", "missing.json", "missing.json"], "missing.json"),

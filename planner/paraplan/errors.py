@@ -26,3 +26,7 @@ class InfeasibleError(PlanError):
     """Every layout was tried and none fits: an answer, exit code 3."""
 
     exit_code = 3
+
+
+class ImpossibleError(InputError):
+    """The pinned layout cannot be, whatever the memory: its hint or message says by which rule."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from paraplan.errors import InfeasibleError, InputError
+from paraplan.errors import ImpossibleError, InfeasibleError, InputError
 from paraplan.plan_file import Plan
 from paraplan.planning import Request, make_constraints, plan_request
 from paraplan.report import (
@@ -80,6 +80,8 @@ def why_not(plan: Plan, request: Request, fix: Mapping[str, Any]) -> list[str]:
         return [f"{wanted}: that is the plan"]
     try:
         other = plan_request(_with_fix(request, fix))
+    except ImpossibleError as error:
+        return [f"{wanted}: {error}"]
     except InfeasibleError as error:
         lines = [f"{wanted}: {error}"]
         return [*lines, f"limit: {error.hint}"] if error.hint else lines

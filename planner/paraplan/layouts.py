@@ -75,8 +75,11 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def tensor_degrees(devices_per_node: int) -> tuple[int, ...]:
-    """Tensor degrees to trace: those whose groups tile a node, up to 16."""
-    return tuple(d for d in divisors(devices_per_node) if d <= 16)
+    """Tensor degrees to trace: those whose groups tile a node, up to 16.
+
+    1, 2, 4 and 8 always are, so that clusters of usual nodes share one cached trace.
+    """
+    return tuple(sorted({1, 2, 4, 8, *(d for d in divisors(devices_per_node) if d <= 16)}))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from paraplan.layouts import interleaved_chunks
 from paraplan.pipeline import interleaved_seconds, least_seconds, one_f_one_b_seconds
 from paraplan.stage_cost import ChainCost, Runs, StageCost, stage_cost
 
+BOTTLENECK_TOLERANCE = 1e-4  # a looser bound is still a bound; best_cuts decides exactly
+
 Cuts = tuple[int, ...]
 """Where each stage begins, and the chain's length at the end."""
 
@@ -128,7 +130,7 @@ def smallest_bottleneck(chain: ChainCost) -> tuple[float, Cuts] | None:
     low = chain.plain_seconds[-1] / chain.layout.pipeline
     best = high_cuts
     high = _bottleneck(chain, best)
-    while high - low > 1e-6 * high:
+    while high - low > BOTTLENECK_TOLERANCE * high:
         middle = (low + high) / 2
         cuts = _reach(chain, middle)
         if cuts is None:

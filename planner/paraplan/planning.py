@@ -16,7 +16,7 @@ from typing import Any, get_args
 from paraplan.cluster import Cluster, load_cluster, make_cluster
 from paraplan.describe import describe, no_proof, proof_of
 from paraplan.device import load_device
-from paraplan.errors import InfeasibleError, InputError
+from paraplan.errors import ImpossibleError, InfeasibleError, InputError, PlanError
 from paraplan.graph import RECOMPUTE_MODES, Recompute
 from paraplan.layouts import (
     FIXABLE,
@@ -152,7 +152,7 @@ def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
     layout = layout_from_fixed(fixed, global_batch=problem.workload.global_batch)
     reason = check_layout(problem.space, layout)
     if reason:
-        raise InputError(f"impossible layout: {reason}")
+        raise ImpossibleError(f"impossible layout: {reason}")
     found = estimate_layout(problem, layout)
     return describe(problem, found, no_proof(time.perf_counter() - began), (), notes)
 
@@ -290,7 +290,7 @@ def _capacity(request: Request, cluster: Cluster) -> float:
     return min(whole, limit * GIB)
 
 
-def _infeasible(problem: Problem, request: Request) -> InfeasibleError:
+def _infeasible(problem: Problem, request: Request) -> PlanError:
     """Says what is missing and what would help."""
     devices, capacity = problem.cluster.devices, problem.capacity_bytes
     name = problem.graph.name
@@ -298,7 +298,10 @@ def _infeasible(problem: Problem, request: Request) -> InfeasibleError:
     if not families:
         reasons = "; ".join(reason for reason, _ in excluded.most_common(2))
         message = f"no layout of {name} on {devices} devices is possible"
-        return InfeasibleError(f"{message}: {reasons}" if reasons else message)
+        return ImpossibleError(
+            f"{message}: {reasons}" if reasons else message,
+            hint="leave out some of --fix, or change --gpus or --global-batch",
+        )
     needed = least_needed_bytes(problem)
     assert needed is not None, "families exist"
     missing = needed - capacity

@@ -70,6 +70,14 @@ def cheapest_choice(
         budget_bytes: for saved activations and working memory together.
         working_floor_bytes: working memory that the stage needs whatever its layers do.
     """
+    if all(kind.allowed[_NONE] for kind in kinds):
+        plain = tuple((kind.count, 0, 0) for kind in kinds)
+        untouched = choice_of(kinds, plain, working_floor_bytes)
+        if untouched.saved_bytes + untouched.working_bytes <= budget_bytes:
+            return untouched
+    least = least_memory_choice(kinds, working_floor_bytes)
+    if least.saved_bytes + least.working_bytes > budget_bytes:
+        return None
     best: Choice | None = None
     for threshold in _thresholds(kinds, working_floor_bytes):
         if best is not None and best.extra_seconds == 0:

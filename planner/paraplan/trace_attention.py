@@ -17,10 +17,12 @@ from torch import Tensor
 IMPLEMENTATION = "paraplan"
 """Name under which transformers' attention interface knows it."""
 
-_FORWARD = "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, int window)"
+_FORWARD = (
+    "attention(Tensor q, Tensor k, Tensor v, bool causal, int window, Tensor? bias, Tensor? sinks)"
+)
 _BACKWARD = (
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out,"
-    " Tensor logsumexp, bool causal, int window, bool bias_gradient)"
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, bool causal, int window,"
+    " Tensor? bias, Tensor? sinks, Tensor out, Tensor logsumexp, bool bias_gradient)"
 )
 
 
@@ -37,7 +39,7 @@ def attention_ops() -> AttentionOps:
     """Define the ops, once per process."""
     library: Any = torch.library.Library("paraplan", "DEF")  # type: ignore[no-untyped-call]
     library.define(f"{_FORWARD} -> (Tensor, Tensor)")
-    library.define(f"{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor?)")
+    library.define(f"{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor?, Tensor?)")
     library.impl("attention", _meta_forward, "Meta")
     library.impl("attention_backward", _meta_backward, "Meta")
     ops = torch.ops.paraplan
@@ -45,7 +47,13 @@ def attention_ops() -> AttentionOps:
 
 
 def _meta_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int,
+    bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
     out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
@@ -57,15 +65,21 @@ def _meta_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
     causal: bool,
     window: int,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
     bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    made = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    return *made, torch.empty_like(bias) if bias is not None and bias_gradient else None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        torch.empty_like(bias) if bias is not None and bias_gradient else None,
+        None if sinks is None else torch.empty_like(sinks),
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -75,21 +89,23 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,
         causal: bool,
         window: int,
+        bias: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        out, logsumexp = attention_ops().forward(q, k, v, bias, causal, window)
-        ctx.save_for_backward(q, k, v, bias, out, logsumexp)
+        out, logsumexp = attention_ops().forward(q, k, v, causal, window, bias, sinks)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, logsumexp)
         ctx.causal, ctx.window = causal, window
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = attention_ops().backward(
-            grads[0], *ctx.saved_tensors, ctx.causal, ctx.window, ctx.needs_input_grad[3]
+        q, k, v, *rest = ctx.saved_tensors
+        dq, dk, dv, dbias, dsinks = attention_ops().backward(
+            grads[0], q, k, v, ctx.causal, ctx.window, *rest, ctx.needs_input_grad[5]
         )
-        return (*gradients, None, None)
+        return dq, dk, dv, None, None, dbias, dsinks
 
 
 def attention(
@@ -97,18 +113,20 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    bias: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend: (batch, heads, length, size) each, key and value with ``kv_heads`` heads.
 
     Args:
         bias: added to the scores, broadcast to (batch, heads, query length, key length).
         window: sliding window in tokens.
+        sinks: one more score per head, of a key that has no value (gpt-oss).
     """
-    out = _Attention.apply(query, key, value, bias, causal, window or 0)  # type: ignore[no-untyped-call]
-    return out  # type: ignore[no-any-return]
+    apply: Any = _Attention.apply
+    return apply(query, key, value, causal, window or 0, bias, sinks)  # type: ignore[no-any-return]
 
 
 def attention_for_transformers(
@@ -121,6 +139,7 @@ def attention_for_transformers(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The op behind the signature of transformers' ``AttentionInterface``.
@@ -133,7 +152,7 @@ def attention_for_transformers(
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     causal = is_causal and query.shape[2] > 1 and attention_mask is None
-    out = attention(query, key, value, bias=bias, causal=causal, window=sliding_window)
+    out = attention(query, key, value, causal=causal, window=sliding_window, bias=bias, sinks=s_aux)
     return out.transpose(1, 2), None
 
 

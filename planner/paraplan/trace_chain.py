@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import networkx  # type: ignore[import-untyped]
+import networkx
 from torch import nn
 
 from paraplan.graph import Value

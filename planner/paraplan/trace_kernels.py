@@ -185,7 +185,7 @@ _GROUPED = frozenset({"_grouped_mm"})
 def _attention(name: str, args: tuple[Any, ...], read: int, write: int) -> Kernel:
     backward = name == "attention_backward"
     q, k, v = args[1:4] if backward else args[:3]
-    causal, window = (args[7], args[8]) if backward else (args[4], args[5])
+    causal, window = args[4:6] if backward else args[3:5]
     batch, heads, length, size = q.shape
     dims = (batch, heads, k.shape[1], length, k.shape[2], size, v.shape[3])
     return Kernel("attention", _dtype(q), dims, read, write, causal, window or None)

@@ -14,19 +14,25 @@ _LEAST_SHARE = 0.05
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated layers by module path: children of the outermost big containers."""
+    """The repeated layers by module path: children of the outermost big containers.
+
+    Big is a twentieth of the parameters, or as many as any container has.
+    """
+    containers = dict(_containers(model, ""))
+    sizes = {path: sum(p.numel() for p in c.parameters()) for path, c in containers.items()}
     total = sum(p.numel() for p in model.parameters())
+    least = min(_LEAST_SHARE * total, max(sizes.values(), default=0))
     found: dict[str, nn.Module] = {}
-    for path, container in _containers(model, ""):
-        if sum(p.numel() for p in container.parameters()) > _LEAST_SHARE * total:
-            found.update({f"{path}.{n}".lstrip("."): c for n, c in container.named_children()})
+    for path, container in containers.items():
+        if sizes[path] >= least:
+            found.update({f"{path}.{n}": c for n, c in container.named_children()})
     return found
 
 
 def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         below = f"{path}.{name}".lstrip(".")
-        if isinstance(child, nn.ModuleList) or _is_stack(child):
+        if _is_stack(child):
             yield below, child
         else:
             yield from _containers(child, below)
@@ -49,11 +55,13 @@ def outside_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """A ``Sequential`` of blocks, which are neither single ops nor all different."""
-    if not isinstance(module, nn.Sequential) or len(module) < 2:
+    """A list of blocks, each made of other modules; a ``Sequential`` only if some are alike."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
         return False
-    kinds = {type(child) for child in module}
-    return len(kinds) < len(module) and all(any(True for _ in child.children()) for child in module)
+    if not all(any(True for _ in child.children()) for child in module):
+        return False
+    alike = len({type(child) for child in module}) < len(module)
+    return alike or isinstance(module, nn.ModuleList)
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:

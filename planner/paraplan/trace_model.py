@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from paraplan.trace_attention import IMPLEMENTATION, FusedAttention, register_wi
 
 _TEXT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 _IMAGE = ("ForImageClassification",)
-# Where transformers says which class of an architecture has a loss, best first.
+# Where transformers says which class of an architecture has a loss. Encoders may be listed under
+# causal models too, for those who turn them into decoders.
+_SEQ2SEQ = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
 _MAPPINGS = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 )
 
@@ -69,7 +70,12 @@ def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str
 
     def runner(sequences: int) -> Callable[[], Tensor]:
         arguments = inputs(model.config, sequences, sequence_length, dtype)
-        return lambda: _loss(lambda: model(**arguments), source.origin)
+
+        def call() -> Any:
+            with FusedAttention():
+                return model(**arguments)
+
+        return lambda: _loss(call, source.origin)
 
     return Built(model, text, config.model_type, getattr(model, "_tp_plan", None) or {}, runner)
 
@@ -122,21 +128,25 @@ def _class_and_config(source: ModelSource) -> tuple[Any, Any]:
         config = config_class.from_dict(settings)
     except Exception as error:
         raise InputError(f"{source.origin}: bad {model_type} config: {_line(error)}") from error
-    return _model_class(source, model_type, type(config)), config
+    return _model_class(source, config), config
 
 
-def _model_class(source: ModelSource, model_type: str, config_class: type) -> Any:
+def _model_class(source: ModelSource, config: Any) -> Any:
+    """The class that ``architectures`` names, if it has a loss, else the usual one."""
     import transformers
+
+    model_type = config.model_type
 
     names = source.config.get("architectures")
     for name in names if isinstance(names, list) else []:
         if isinstance(name, str) and name.endswith((*_TEXT, *_IMAGE)):
             cls = getattr(transformers, name, None)
-            if getattr(cls, "config_class", None) is config_class:
+            if getattr(cls, "config_class", None) is type(config):
                 return cls
     from transformers.models.auto import modeling_auto
 
-    for mapping in _MAPPINGS:
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    for mapping in (_SEQ2SEQ,) if encoder_decoder else _MAPPINGS:
         name = getattr(modeling_auto, mapping).get(model_type)
         if isinstance(name, str):
             return getattr(transformers, name)
@@ -170,7 +180,13 @@ def _instantiate(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     config.use_cache = False
     make = getattr(cls, "_from_config", cls)
     with torch.device("meta"):
-        model = make(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        try:
+            model = make(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+        except KeyError as error:
+            if error.args != (IMPLEMENTATION,):
+                raise
+            # A class with its own table of attention modules; `FusedAttention` catches its call.
+            model = make(config, dtype=dtype, attn_implementation="sdpa")
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "grouped_mm"  # the only one without data-dependent shapes
     return model.train()  # type: ignore[no-any-return]
@@ -264,7 +280,7 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
         inputs = _repeated(example, sequences, dtype)
 
         def call() -> Any:
-            with nullcontext() if is_transformers else FusedAttention(), torch.device("meta"):
+            with FusedAttention(), torch.device("meta"):
                 return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
         return lambda: _loss(call, source.spec)

@@ -130,6 +130,7 @@ class _Pass:
         section, substantial = self.section, last
         read: dict[int, None] = {}
         for call in section.log.calls:
+            read.update((n, None) for n in call.reads if n in self.names)
             if not self.tainted.isdisjoint(call.reads):
                 substantial = True
                 self.tainted.update(call.writes)

@@ -207,6 +207,20 @@ def _ops(traced: Traced, reruns: dict[Recompute, set[int]], degree: int) -> tupl
     return tuple(_op(*key, count=count) for key, count in counted.items())
 
 
+def _oriented(dims: tuple[int, ...], two: Kernel) -> tuple[int, ...]:
+    """``dims`` of a product, transposed if that is how they grow into those of ``two``.
+
+    torch may compute (B^T A^T)^T for A B, whichever suits the memory layout, which for one
+    sequence can be another than for two.
+    """
+    if two.kind != "gemm":
+        return dims
+    batch, m, n, k = dims
+    turned = (batch, n, m, k)
+    grows = [all(b in (a, 2 * a) for a, b in zip(d, two.dims, strict=True)) for d in (dims, turned)]
+    return turned if grows == [False, True] else dims
+
+
 def _replicated(call: Call, whole: Call | None) -> bool:
     """The same work as without tensor parallelism, on tokens that sequence parallelism splits.
 
@@ -234,7 +248,7 @@ def _op(
     at_one = (
         [-(-n // 2) for n in at_two]
         if one is None
-        else (*one.dims, one.read_bytes, one.write_bytes)
+        else (*_oriented(one.dims, two), one.read_bytes, one.write_bytes)
     )
     *dims, read, write = (amount(n, m) for n, m in zip(at_one, at_two, strict=True))
     return Op(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from paraplan.device import Dtype
 from paraplan.errors import InputError
+from paraplan.op_table import Dtype
 from paraplan.plan_file import Precision, Workload
 
 OPTIMIZER_STATE_BYTES: dict[str, float] = {

@@ -8,17 +8,18 @@ FSDP's hooks. The stage's own hooks come last, in front of FSDP's.
 from __future__ import annotations
 
 import inspect
+import logging
 
 from torch import nn
 
 from paraplan.plan_file import Plan
-from paraplan_runtime.check import check_model, check_plan
+from paraplan_runtime.check import check_model, check_plan, check_ranks_built_the_same
 from paraplan_runtime.gradients import (
     GradientStash,
     Parameter,
     make_clipping_global,
 )
-from paraplan_runtime.loss import GlobalLoss, loss_type_of
+from paraplan_runtime.loss import GlobalLoss, loss_owner, loss_type_of
 from paraplan_runtime.mesh import Ranks, build_ranks, join
 from paraplan_runtime.model import ParallelModel
 from paraplan_runtime.recompute import apply_recompute
@@ -29,6 +30,8 @@ from paraplan_runtime.state import stage_entries
 from paraplan_runtime.tensor import TensorPlan, fused_parameters, tensor_plan
 from paraplan_runtime.tensor_apply import apply_tensor_parallel
 from paraplan_runtime.tied import TiedWeights, find_tied
+
+_log = logging.getLogger("paraplan")
 
 
 def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None) -> ParallelModel:
@@ -50,6 +53,7 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
     ranks = build_ranks(plan.layout, device)
     stages = stage_paths(plan, model)
     check_model(model, plan, stages)
+    check_ranks_built_the_same(model, device)
     splits = tensor_plan(model, plan, stages)
     tied = find_tied(model, stages)
     loss = _take_over_loss(model, ranks, splits)
@@ -84,6 +88,9 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
         finish_gradients=finish,
         hidden_width=_hidden_width(model),
     )
+    if ranks.speaks:
+        for line in parallel.parallel_report().lines():
+            _log.info(line)
     return parallel.train(model.training)
 
 
@@ -123,12 +130,12 @@ def _is_large(module: nn.Module) -> bool:
 
 def _take_over_loss(model: nn.Module, ranks: Ranks, splits: TensorPlan) -> GlobalLoss | None:
     """Put the global loss in the model's ``loss_function``; None for a model without one."""
-    loss_type = loss_type_of(model)
-    if loss_type is None:
+    owner, loss_type = loss_owner(model), loss_type_of(model)
+    if owner is None or loss_type is None:
         return None
     group = ranks.group("tensor") if splits.head is not None else None
     loss = GlobalLoss(loss_type, group)
-    model.loss_function = loss  # type: ignore[assignment]
+    owner.loss_function = loss  # type: ignore[assignment]
     return loss
 
 

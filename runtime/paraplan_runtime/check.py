@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from paraplan.errors import InputError
@@ -109,3 +110,22 @@ def _routing(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> No
             "micro-batches cannot compute it",
             hint="set output_router_logits=False",
         )
+
+
+@torch.no_grad()
+def check_ranks_built_the_same(model: nn.Module, device: torch.device) -> None:
+    """Refuse ranks whose parameters differ: they would train a mixture of several models.
+
+    Raises:
+        InputError: the parameters' sums differ between ranks (nothing is compared on meta).
+    """
+    sums = [float(p.double().sum()) for p in model.parameters() if not p.is_meta]
+    mine = torch.tensor([len(sums), sum(sums)], device=device, dtype=torch.float64)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    for rank, other in enumerate(everyone):
+        if not torch.equal(other, everyone[0]):
+            raise InputError(
+                f"rank {rank} and rank 0 built different parameters",
+                hint="call torch.manual_seed with the same seed before the model is built",
+            )

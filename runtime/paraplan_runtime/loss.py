@@ -24,10 +24,19 @@ TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequ
 
 def loss_type_of(model: torch.nn.Module) -> str | None:
     """The kind of loss a model of transformers computes; None for other models."""
-    if not hasattr(type(model), "loss_function"):
+    owner = loss_owner(model)
+    if owner is None:
         return None
     # transformers falls back to this one too, for GPT2LMHeadModel for instance.
-    return str(getattr(model, "loss_type", None) or "ForCausalLM")
+    return str(getattr(owner, "loss_type", None) or "ForCausalLM")
+
+
+def loss_owner(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The module whose ``loss_function`` computes the loss: the model, or what peft wraps."""
+    for module in model.modules():
+        if hasattr(type(module), "loss_function"):
+            return module
+    return None
 
 
 class GlobalLoss:
@@ -127,9 +136,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         return torch.where(counted, sums[0].log() - sums[1], 0.0).sum()
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         probabilities, place, inside, counted = ctx.saved_tensors
         result = probabilities.scatter_add(1, place, -inside.to(probabilities.dtype).unsqueeze(1))
         return result.mul_(counted.unsqueeze(1)).mul_(gradient), None, None, None
@@ -146,7 +153,7 @@ class _ReturnedLoss(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         ctx.install(gradient)
         return None, None, None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from paraplan.errors import InputError
 from paraplan.plan_file import Layout
@@ -84,7 +85,11 @@ def join(device_type: str | None = None) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world = next(rendezvous("env://"))
+            # torchrun may keep one store over restarts: addresses of dead ranks must not be found.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch._C._distributed_c10d.PrefixStore(f"attempt-{attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         else:
             dist.init_process_group(
                 backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1

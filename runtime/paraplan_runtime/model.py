@@ -34,6 +34,7 @@ from paraplan_runtime.outputs import (
     returned_output,
 )
 from paraplan_runtime.random_state import ModelRandomState
+from paraplan_runtime.report import ParallelReport, StepClock
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.stage import Objective, Step
 from paraplan_runtime.state import Entry, iterate_whole, load_whole
@@ -104,6 +105,7 @@ class ParallelModel(nn.Module):
         self.random_state = ModelRandomState(ranks)
         self._scales = plan.workload.precision == "fp16"
         self._loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=ranks.device)
+        self._clock = StepClock()
         self._checked = 0
         self._noted_size = False
 
@@ -151,7 +153,7 @@ class ParallelModel(nn.Module):
         """Read this rank's shards from an ordinary checkpoint, and nothing else of it."""
         read_safetensors(Path(folder), self.entries, self._aliases, self.ranks)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Take this rank's shards from the whole model's state dict."""
         load_whole(self.entries, state_dict, self.ranks)
 
@@ -184,11 +186,20 @@ class ParallelModel(nn.Module):
             batch["use_cache"] = False
         return batch
 
+    def parallel_report(self) -> ParallelReport:
+        """Predicted and measured step time and memory of this rank."""
+        return self._clock.report(self.plan, self.ranks)
+
     def _check(self, batch: dict[str, Any], rows: int) -> None:
         if self._checked < CHECKED_BATCHES:
             self._checked += 1
             check_ranks_agree(batch, self.ranks.device)
         planned = self.plan.workload.global_batch
+        if self.training and torch.is_grad_enabled():
+            full = self._clock.tick(planned=rows == planned)
+            if full and self.ranks.speaks:
+                for line in self.parallel_report().lines():
+                    _log.info(line)
         if rows != planned and self.training and not self._noted_size:
             self._noted_size = True
             if self.ranks.speaks:
@@ -267,6 +278,15 @@ class ParallelModel(nn.Module):
             stash = GradientStash(self.own)
             if backward:
                 self._finish_gradients(stash)
+        except Exception as error:
+            held = ", ".join(str(stage.paths.index) for stage in self._runner.stages)
+            _log.error(
+                "rank %d, stage %s: %s",
+                torch.distributed.get_rank(),
+                held,
+                _root_cause(error),
+            )
+            raise
         finally:
             put_back(self.own, taken)
         return step, stash
@@ -330,6 +350,13 @@ class ParallelModel(nn.Module):
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(parameter.value._version for parameter in self.own)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the exception that started it: torch's schedules wrap it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -53,7 +53,7 @@ def apply_recompute(layer: nn.Module, mode: Recompute) -> None:
             return inner(*args, **kwargs)
         return checkpoint(inner, *args, **options, **kwargs)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def _kept_overloads() -> list[Any]:

@@ -94,19 +94,16 @@ class StagePaths:
         return self.index == self.count - 1
 
 
-def is_layer(path: str, model: nn.Module) -> bool:
-    """Whether ``path`` is an element of a list of layers."""
-    parent, _, name = path.rpartition(".")
-    return name.isdigit() and isinstance(
-        model.get_submodule(parent), (nn.ModuleList, nn.Sequential)
-    )
-
-
 def stage_paths(plan: Plan, model: nn.Module) -> tuple[StagePaths, ...]:
     """The plan's stages with their layers told apart from their other modules."""
+    lists = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+    }
     result = []
     for stage in plan.stages:
-        marks = [is_layer(path, model) for path in stage.modules]
+        marks = [path.rpartition(".")[0] in lists for path in stage.modules]
         first = marks.index(True) if True in marks else len(marks)
         last = len(marks) - marks[::-1].index(True) if True in marks else len(marks)
         before, layers, after = (

@@ -143,6 +143,10 @@ def _resolve(
     for pattern, style in patterns.items():
         expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\Z")
         resolved |= {name: style for name in names if expression.match(name)}
+    if not resolved:
+        raise InputError(
+            f"tensor parallelism: no module of {type(model).__name__} bears a name of its plan"
+        )
     return resolved
 
 

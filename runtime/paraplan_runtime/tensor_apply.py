@@ -141,7 +141,7 @@ def _use_local_parameters(
             return result if bias is None else result + bias
         return result
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     if path == plan.embedding and isinstance(module, nn.Embedding):
         _split_vocabulary(module, ranks)
 
@@ -158,10 +158,10 @@ def _split_vocabulary(module: nn.Embedding, ranks: Ranks) -> None:
     first = rows * place
     padding = module.padding_idx
     if isinstance(padding, int):
-        module.padding_idx = padding - first if first <= padding < first + rows else None  # type: ignore[assignment]
+        module.padding_idx = padding - first if first <= padding < first + rows else None
 
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        local = ids - first
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        local = input - first
         outside = (local < 0) | (local >= rows)
         values = inner(local.masked_fill(outside, 0))
         return exchange.leave(values.masked_fill(outside.unsqueeze(-1), 0), group)
@@ -181,7 +181,7 @@ def _exchange_experts(module: nn.Module, group: Any) -> None:
         ]
         return exchange.leave(inner(*entered, **kwargs), group)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _before(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

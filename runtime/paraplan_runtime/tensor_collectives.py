@@ -63,9 +63,7 @@ class _Exchange(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.backward_of(gradient, ctx.group), None, None, None
 
 

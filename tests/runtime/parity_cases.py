@@ -152,6 +152,11 @@ FAMILIES = {
     ),
     "plain": (("table",), "layers", ("norm", "head")),
 }
+FAMILIES["lora"] = (
+    ("base_model.model.model.embed_tokens",),
+    "base_model.model.model.layers",
+    ("base_model.model.model.norm", "base_model.model.lm_head"),
+)
 _LLAMA_LIKE = (("model.embed_tokens",), "model.layers", ("model.norm", "lm_head"))
 
 
@@ -309,3 +314,18 @@ def train(
         optimizer.step()
         scheduler.step()
     return {"losses": losses, "norms": norms}
+
+
+def build_lora() -> nn.Module:
+    """A frozen Llama with low-rank adapters on queries and values."""
+    from peft import LoraConfig, get_peft_model
+
+    base = build("llama")
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the second factor starts at zero
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
