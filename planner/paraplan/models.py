@@ -102,12 +102,10 @@ def _looks_like_path(spec: str, path: Path) -> bool:
 def _unknown(spec: str) -> InputError:
     shown = spec if len(spec) <= 80 else f"{spec[:77]}..."
     near = difflib.get_close_matches(spec.lower(), preset_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`plan models` lists the known names"
+    others = "a directory with config.json and module:callable work too"
     return InputError(
         f"unknown model {shown!r}: no preset, directory or locally cached Hugging Face model",
-        hint=f"{hint} a directory with config.json and module:callable work too"
-        if near
-        else f"{hint}; a directory with config.json and module:callable work too",
+        hint=f"did you mean {near[0]}?" if near else f"`plan models` lists the presets; {others}",
     )
 
 

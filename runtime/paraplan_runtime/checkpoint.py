@@ -244,8 +244,11 @@ def stored(
 ) -> dict[str, torch.Tensor]:
     """A tensor under its name, or the parts of a fused one; they share its memory."""
     value = value.detach()
-    if split is None or not isinstance(value, DTensor):
+    if split is None:
         return {name: value}
+    if not isinstance(value, DTensor):
+        parts = value.chunk(split.parts, dim=split.dimension)
+        return {f"{name}#{number}": part for number, part in enumerate(parts)}
     local, dimension = value.to_local(), split.dimension
     shape, placements = list(value.shape), list(value.placements)
     if model.plan.layout.tensor > 1:

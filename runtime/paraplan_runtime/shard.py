@@ -18,8 +18,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from paraplan.plan_file import Precision
+from paraplan_runtime.gradients import local
 from paraplan_runtime.mesh import Ranks
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -46,6 +48,11 @@ def shard(
         model: a stage; its parameters may be on the CPU, on the device or on meta.
         groups: modules gathered as one, in the order of the forward.
     """
+    if ranks.layout.data_ranks == 1 and precision == "fp32":
+        # Nothing to shard, reduce or cast: FSDP would only copy.
+        _move(model, ranks.device)
+        _allocate(model, ranks.device)
+        return
     policy = mixed_precision(precision)
     mesh = ranks.fsdp_mesh
     for module in groups:
@@ -66,6 +73,23 @@ def _move(module: nn.Module, device: torch.device) -> None:
         module.to(device)
 
 
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """``_materialise`` for a model without FSDP, where tied parameters have to stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                empty = torch.empty_like(local(parameter), device=device)
+                if isinstance(parameter, DTensor):
+                    empty = DTensor.from_local(
+                        empty, parameter.device_mesh, parameter.placements, run_check=False
+                    )
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+
+
 def _materialise(model: nn.Module, device: torch.device) -> None:
     """Allocate the shards of parameters that were built on meta; their values come later."""
     if not any(parameter.is_meta for parameter in model.parameters()):
@@ -80,9 +104,8 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
         module._buffers[name] = buffer.to(device)
 
 
-def prepare_micro_batch(model: nn.Module, zero_stage: int, *, last: bool) -> None:
+def prepare_micro_batch(model: FSDPModule, zero_stage: int, *, last: bool) -> None:
     """Tell FSDP, ahead of one micro-batch's backward, what to reduce and what to free after it."""
-    assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last or zero_stage >= 2)
     model.set_requires_all_reduce(last)
     model.set_reshard_after_backward(last or zero_stage == 3)
