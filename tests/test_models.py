@@ -56,7 +56,7 @@ def test_hub_id_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from huggingface_hub import constants
 
     repo = tmp_path / "models--someone--their-model"
-    (repo / "refs").mkdir()
+    (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
     write_config(repo / "snapshots" / ("0" * 40))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def trace(
     return trace_model(source, sequence_length=length, compute_dtype=dtype, tensor_degrees=degrees)
 
 
+@cache
 def preset_graph(name: str, degrees: tuple[int, ...] = (1,), length: int = 256) -> ModelGraph:
     return trace(resolve_model(name), length, degrees)
 
@@ -106,7 +108,9 @@ def test_parameter_counts_are_exact(name: str) -> None:
     held = sum(graph.blocks[item.block].variants[1].parameters for item in graph.chain)
     assert graph.parameter_count == counted == held == PUBLISHED[name]
     assert graph.trainable_parameter_count == counted
-    assert 1.9 <= backward_ratio(graph) <= 2.6
+    for block in graph.blocks.values():
+        ratio = backward_ratio(block.variants[1])
+        assert block.role == "embedding" or ratio is None or 2 <= ratio <= 2.5
 
 
 def closed_form(name: str, length: int) -> float:
@@ -541,7 +545,7 @@ def test_bad_configs_are_one_line(tmp_path: Path, settings: dict[str, Any]) -> N
     ("name", "length"), [("gpt2", 2048), ("bert-large", 513), ("vit-huge", 64)]
 )
 def test_sequences_too_long(name: str, length: int) -> None:
-    with pytest.raises(InputError, match="positions|fixed sequence length"):
+    with pytest.raises(InputError, match=r"positions|fixed sequence length"):
         preset_graph(name, length=length)
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from paraplan.errors import InputError
 
 FORMAT = 1
-SCHEMA_ID = "https://paraplan.dev/plan.schema.json"
+SCHEMA_ID = "urn:paraplan:plan:1"
 MAX_FILE_BYTES = 64 * 2**20
 
 Recompute = Literal["none", "selective", "full"]

@@ -49,6 +49,8 @@ def layout_words(layout: Layout) -> str:
 
 def seconds_words(seconds: float) -> str:
     """A duration with a fitting unit."""
+    if seconds == 0:
+        return "0 s"
     if seconds >= 1:
         return f"{seconds:.3f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

@@ -198,7 +198,6 @@ class _Progress:
     upper: list[float] = field(default_factory=list)  # best step times, ascending
     open: list[tuple[float, ChainCost, Staged]] = field(default_factory=list)
     closed: list[Found] = field(default_factory=list)
-    bounded: int = 0
     infeasible: int = 0
 
     @property
@@ -234,8 +233,8 @@ def search(
     if not progress.upper:
         return None
     report(
-        f"{progress.bounded} discarded by a bound, {progress.infeasible} do not fit, "
-        f"{len(progress.open)} to solve, best so far {progress.upper[0]:.4g} s"
+        f"{len(progress.open) + len(progress.closed)} costed in full, {progress.infeasible} do not "
+        f"fit, the rest excluded by a bound; best so far {progress.upper[0]:.4g} s"
     )
     best, others, bound, optimal, solved = _decide(progress, time_limit_seconds)
     return SearchResult(
@@ -422,18 +421,41 @@ def needed_capacity_bytes(chain: ChainCost) -> float:
 
 def least_needed_bytes(problem: Problem) -> float | None:
     """The smallest capacity at which anything fits; None if no layout is possible at all."""
-    families, _ = enumerate_families(problem.space, problem.constraints)
     best: float | None = None
-    for family in families:
+    for family in _lean_families(problem):
         chain = chain_cost(problem, leanest(family))
         if best is None or fits(replace(chain, capacity_bytes=best - 2**20, memo={})):
-            best = needed_capacity_bytes(
-                chain if best is None else replace(chain, capacity_bytes=problem.capacity_bytes)
-            )
+            best = needed_capacity_bytes(chain)
     return best
 
 
 def anything_fits(problem: Problem) -> bool:
     """Whether some layout stays within the capacity."""
+    return any(fits(chain_cost(problem, leanest(family))) for family in _lean_families(problem))
+
+
+def _lean_families(problem: Problem) -> list[Family]:
+    """For each mesh and schedule the families that need the least memory.
+
+    Activations in flight are ``min(M, p - s) * m = min(B, (p - s) m)`` for a rank's batch B:
+    least with the smallest micro-batch. The largest one (M = 1) keeps no whole gradients under
+    ZeRO-1.
+    """
     families, _ = enumerate_families(problem.space, problem.constraints)
-    return any(fits(chain_cost(problem, leanest(family))) for family in families)
+    ends: dict[object, list[Family]] = {}
+    for family in families:
+        layout = family.base
+        mesh = (
+            layout.tensor,
+            layout.context,
+            layout.expert,
+            layout.pipeline,
+            layout.sequence_parallel,
+            layout.virtual_stages,
+        )
+        ends.setdefault(mesh, []).append(family)
+    lean: list[Family] = []
+    for members in ends.values():
+        members.sort(key=lambda family: family.base.micro_batch_size)
+        lean += members if len(members) < 2 else [members[0], members[-1]]
+    return sorted(lean, key=lambda family: (family.base.micro_batch_size, -family.base.tensor))

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from paraplan.errors import InputError
-from paraplan.graph import Block, BlockVariant, ChainItem, ModelGraph, Op, op_flops
+from paraplan.graph import Block, BlockVariant, ChainItem, ModelGraph, op_flops
 from paraplan.models import ModelSource
 from paraplan.trace_chain import chain_values, names_of_blocks, owned_modules
 from paraplan.trace_layers import find_layers, outside_modules, structure
@@ -31,9 +31,8 @@ from paraplan.trace_variant import Traced, block_variant
 Passes = dict[int, tuple[PassTrace, PassTrace]]
 """Tensor degree -> the passes at micro-batch 1 and 2."""
 
-# Two products in the backward for each of the forward; two and a half for attention; the first
-# layer's input has no gradient. Outside of this a part of the backward was lost (solver notes,
-# section 1.1).
+# Two products in the backward for each of the forward, two and a half for attention. Outside of
+# this a part of the backward was lost. The first block is no measure: its input has no gradient.
 _LEAST_RATIO, _GREATEST_RATIO = 1.9, 2.6
 
 
@@ -85,7 +84,7 @@ def _trace_built(
         outside=outside_modules(built.model, layers),
     )
     passes: Passes = {1: _both(subject, built, {}, None)}
-    _check_passes(source, passes[1])
+    _check_passes(source, built, passes[1])
     limits = _split_passes(subject, built, tensor_degrees, passes)
     graph = _graph(source, built, passes, limits, sequence_length, compute_dtype)
     _check(graph, source)
@@ -236,8 +235,8 @@ def _owned(trace: PassTrace) -> list[list[str]]:
     return owned
 
 
-def _check_passes(source: ModelSource, passes: tuple[PassTrace, PassTrace]) -> None:
-    """Every trainable parameter has a gradient, and both passes ran the same blocks.
+def _check_passes(source: ModelSource, built: Built, passes: tuple[PassTrace, PassTrace]) -> None:
+    """Every parameter is used, has a gradient if trainable, and both passes ran the same blocks.
 
     Raises:
         InputError, TraceError: they do not.
@@ -247,6 +246,11 @@ def _check_passes(source: ModelSource, passes: tuple[PassTrace, PassTrace]) -> N
             raise InputError(
                 f"{source.origin}: parameter {found.without_gradient[0]} has no gradient"
             )
+    layers = tuple(f"{path}." for path in passes[1].kinds) or ("\n",)
+    used = {name for step in passes[1].steps for name in step.part.parameters}
+    for name, _ in built.model.named_parameters():
+        if name not in used and not name.startswith(layers):
+            raise InputError(f"{source.origin}: parameter {name} takes no part in the loss")
     one, two = ([step.path for step in found.steps] for found in passes)
     if one != two:
         raise TraceError(f"{source.name}: micro-batches of 1 and 2 ran different blocks")
@@ -263,23 +267,19 @@ def _check(graph: ModelGraph, source: ModelSource) -> None:
     if held != graph.parameter_count:
         raise InputError(
             f"{source.origin}: blocks hold {held} parameters, the model {graph.parameter_count}:"
-            " some are unused, or layers share them"
+            " layers that share parameters are not supported"
         )
-    if graph.trainable_parameter_count == graph.parameter_count:
-        ratio = backward_ratio(graph)
-        if not _LEAST_RATIO <= ratio <= _GREATEST_RATIO:
-            raise TraceError(f"{graph.name}: backward has {ratio:.3f} times the forward's FLOPs")
+    if graph.trainable_parameter_count < graph.parameter_count:
+        return
+    for name in {item.block for item in graph.chain[1:]}:
+        ratio = backward_ratio(graph.blocks[name].variants[1])
+        if ratio is not None and not _LEAST_RATIO <= ratio <= _GREATEST_RATIO:
+            raise TraceError(f"{graph.name}: {name} has {ratio:.3f} times the FLOPs going back")
 
 
-def backward_ratio(graph: ModelGraph) -> float:
-    """FLOPs of the backward pass over those of the forward pass."""
-
-    def flops(variant: BlockVariant, phase: str) -> float:
-        return sum(_flops(op) for op in variant.ops if op.phase == phase)
-
-    variants = [graph.blocks[item.block].variants[1] for item in graph.chain]
-    return sum(flops(v, "backward") for v in variants) / sum(flops(v, "forward") for v in variants)
-
-
-def _flops(op: Op) -> float:
-    return op_flops(op, 1) * op.count
+def backward_ratio(variant: BlockVariant) -> float | None:
+    """FLOPs of the backward pass over those of the forward pass; None if it computes nothing."""
+    flops = {"forward": 0.0, "backward": 0.0}
+    for op in variant.ops:
+        flops[op.phase] += op_flops(op, 1) * op.count
+    return flops["backward"] / flops["forward"] if flops["forward"] else None

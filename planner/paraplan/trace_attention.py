@@ -56,6 +56,8 @@ def _meta_forward(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
+    if heads % k.shape[1]:
+        raise ValueError(f"{heads} attention heads do not divide over {k.shape[1]} kv heads")
     out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
     return out, q.new_empty((batch, heads, length), dtype=torch.float32)
 

@@ -217,6 +217,8 @@ def _text_inputs(config: Any, sequences: int, length: int, dtype: torch.dtype) -
 def _image_inputs(
     config: Any, sequences: int, length: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
+    if not isinstance(getattr(config, "image_size", None), (int, list, tuple)):
+        raise InputError(f"images of a {config.model_type} model have no known size")
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     shape = (sequences, config.num_channels, height, width)

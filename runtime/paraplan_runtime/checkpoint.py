@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
@@ -214,7 +215,7 @@ def model_tensors(model: ParallelModel) -> dict[str, torch.Tensor]:
         split = model.fused.get(parameter.name)
         result |= stored(f"model.{parameter.name}", parameter.value, split, model)
     for entry in model.entries:
-        if not isinstance(entry.value, DTensor):
+        if not isinstance(entry.value, nn.Parameter):
             result[f"model.{entry.path}"] = entry.value
     return result
 
@@ -244,7 +245,7 @@ def stored(
 ) -> dict[str, torch.Tensor]:
     """A tensor under its name, or the parts of a fused one; they share its memory."""
     value = value.detach()
-    if split is None:
+    if split is None or value.ndim == 0:  # AdamW's step count
         return {name: value}
     if not isinstance(value, DTensor):
         parts = value.chunk(split.parts, dim=split.dimension)

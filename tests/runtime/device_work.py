@@ -137,6 +137,7 @@ def dropout(layout: str) -> dict[str, Any]:
     from parity_cases import MODELS
 
     from paraplan_runtime import parallelize
+    from paraplan_runtime.gradients import local
 
     torch.manual_seed(3)
     source = MODELS["gpt2-dropout"]()
@@ -150,7 +151,7 @@ def dropout(layout: str) -> dict[str, Any]:
     host_untouched = bool(torch.equal(before, torch.get_rng_state()))
     train(model, steps=2)
     copies = {n: t.clone() for n, t in model.state_dict().items() if "ln_" in n}
-    own = {n: p.to_local().detach().clone() for n, p in model.named_parameters() if "ln_" in n}
+    own = {n: local(p).detach().clone() for n, p in model.named_parameters() if "ln_" in n}
     return {
         "halves differ": not torch.allclose(logits[:4], logits[4:]),
         "calls differ": not torch.allclose(logits, again),

@@ -16,9 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 240.0
+"""For one start of processes that train a dozen small cases on two busy cores."""
 
 
-def run_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world: int, work: Callable[..., Any], *args: Any, limit_seconds: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """What ``work(*args)`` returned on each of ``world`` ranks.
 
     Raises:
@@ -32,7 +35,7 @@ def run_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline = time.monotonic() + limit_seconds
         failed = False
         for process in processes:
             # A rank that failed leaves the others waiting in a collective.
@@ -48,7 +51,7 @@ def run_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
             raise AssertionError("\n".join(errors[:1]))
         if any(process.exitcode for process in processes):
             codes = [process.exitcode for process in processes]
-            raise AssertionError(f"ranks ended with {codes}; the time limit is {TIMEOUT_SECONDS} s")
+            raise AssertionError(f"ranks ended with {codes}; the time limit is {limit_seconds} s")
         return [
             torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world)
         ]

@@ -12,7 +12,7 @@ import os
 import pytest
 from parity_cases import MODELS
 from parity_work import LAYOUTS, RECOMPUTE, Case, compare, train_cases
-from rank_launch import run_ranks
+from rank_launch import TIMEOUT_SECONDS, run_ranks
 
 FAST = {
     2: [
@@ -35,7 +35,8 @@ FAST = {
 
 
 def check(world: int, cases: list[Case]) -> None:
-    results = run_ranks(world, train_cases, cases)
+    limit = TIMEOUT_SECONDS + 15.0 * world * len(cases)
+    results = run_ranks(world, train_cases, cases, limit_seconds=limit)
     for rank_results in results:
         for case, result in zip(cases, rank_results, strict=True):
             compare(case, result)
