@@ -9,7 +9,8 @@ from paraplan.describe import describe, proof_of
 from paraplan.device import load_device
 from paraplan.layouts import Constraints
 from paraplan.plan_file import Plan
-from paraplan.search import Problem, search
+from paraplan.problem import Problem
+from paraplan.search import search
 from paraplan.workload import make_workload
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from paraplan.pipeline import critical_paths, interleaved_seconds
 from paraplan.plan_file import Layout
-from paraplan.search import Problem, chain_cost
+from paraplan.problem import Problem, chain_cost
 from paraplan.stage_cost import ChainCost, _fixed_parts, _tied_exchange_seconds
 
 MODES = ("none", "selective", "full")

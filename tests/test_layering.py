@@ -23,13 +23,14 @@ trace_cache
 layouts recompute
 block_cost
 stage_cost pipeline
-partition
-best_cuts solver
+partition problem
+best_cuts solver fitting
 search
 describe
 planning
 report
 explain
+argument_parsers
 cli
 """
 HEAVY = {"torch", "transformers", "ortools", "networkx", "numpy", "rich", "safetensors"}

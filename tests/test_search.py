@@ -13,9 +13,11 @@ from small_graphs import small_graph
 
 from paraplan.cluster import make_cluster
 from paraplan.device import load_device
+from paraplan.fitting import least_needed_bytes
 from paraplan.layouts import Constraints, enumerate_families
 from paraplan.plan_file import Layout, Workload
-from paraplan.search import Problem, estimate_layout, least_needed_bytes, search
+from paraplan.problem import Problem
+from paraplan.search import estimate_layout, search
 
 GIB = 2**30
 

@@ -10,8 +10,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
+from paraplan.argument_parsers import (
+    Parser,
+    devices_parser,
+    diff_parser,
+    estimate_parser,
+    explain_parser,
+    models_parser,
+    plan_parser,
+    schema_parser,
+)
 from paraplan.errors import InputError, PlanError
 
 if TYPE_CHECKING:
@@ -19,32 +29,6 @@ if TYPE_CHECKING:
 
     from paraplan.plan_file import Plan
     from paraplan.planning import Request
-
-EXAMPLES = """\
-examples:
-  plan --model mistral-7b --gpus 16
-  plan --model llama-3-70b --gpus 64 --device h200 --seq-len 8192 --global-batch 512
-  plan --model ./my-model --cluster my-cluster.toml --fix tensor=2,pipeline=4
-  plan estimate --model mistral-7b --gpus 8 --fix data_shard=8,recompute=full
-  plan explain mistral-7b-16xh100.plan.json --why-not tensor=8
-
-other commands (each has its own --help):
-  estimate   predict one given layout; nothing is searched
-  explain    why a plan is as it is, and why not another layout
-  diff       what differs between two plans
-  models     the models that have a name
-  devices    the devices and clusters that have a profile
-  schema     JSON Schema of the plan file
-
-exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with its mistakes in one line, like all other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message, hint=f"see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], int]]] = {
-        "estimate": (_estimate_parser, _estimate),
-        "explain": (_explain_parser, _explain),
-        "diff": (_diff_parser, _diff),
-        "models": (_models_parser, _models),
-        "devices": (_devices_parser, _devices),
-        "schema": (_schema_parser, _schema),
+    commands: dict[str, tuple[Callable[[], Parser], Callable[[argparse.Namespace], int]]] = {
+        "estimate": (estimate_parser, _estimate),
+        "explain": (explain_parser, _explain),
+        "diff": (diff_parser, _diff),
+        "models": (models_parser, _models),
+        "devices": (devices_parser, _devices),
+        "schema": (schema_parser, _schema),
     }
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
@@ -85,7 +69,7 @@ def _run(arguments: list[str]) -> int:
             raise InputError(f"unknown command {name!r}", hint=hint)
         make_parser, run = commands[name]
     else:
-        make_parser, run = _plan_parser, _plan
+        make_parser, run = plan_parser, _plan
     options = make_parser().parse_args([_hyphens(argument) for argument in arguments])
     return run(options)
 
@@ -94,149 +78,6 @@ def _hyphens(argument: str) -> str:
     """``--global_batch`` is as good as ``--global-batch``."""
     flag, equals, value = argument.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
-
-
-# Options
-
-
-def _parser(name: str, description: str, **settings: Any) -> _Parser:
-    prog = f"plan {name}".strip()
-    return _Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **settings,
-    )
-
-
-def _add_question(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        help="a name from `plan models`, a directory with config.json, a Hugging Face id in the "
-        "local cache, or module:callable (which runs that code)",
-    )
-    add("--gpus", type=int, metavar="N", help="number of devices")
-    add("--device", metavar="NAME", help="from `plan devices`, or a profile file (default h100)")
-    add("--gpus-per-node", type=int, metavar="N", help="devices of a node (default: usual nodes)")
-    add("--cluster", metavar="NAME", help="from `plan devices`, or a TOML file of your own")
-    add(
-        "--global-batch",
-        type=int,
-        metavar="N",
-        help="sequences of an optimizer step (default: about a million tokens)",
-    )
-    add(
-        "--seq-len",
-        type=int,
-        metavar="N",
-        help="tokens of a sequence (default: what the model takes, at most 4096)",
-    )
-    add("--precision", default="bf16", metavar="P", help="bf16 (default), fp16 or fp32")
-    add(
-        "--optimizer",
-        default="adamw",
-        metavar="NAME",
-        help="adamw (default), adam, adamw-8bit, lion, sgd-momentum or sgd",
-    )
-    add(
-        "--memory-limit",
-        metavar="GIB",
-        help="memory of a device to use at most, in GiB (default: 94 %% of what it has)",
-    )
-    add(
-        "--fix",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE,...",
-        help="pin layout fields, such as tensor=2,pipeline=4, or recompute=none|selective|full",
-    )
-    add("--trust-remote-code", action="store_true", help="let a model's own code run")
-
-
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", help=f"where to write the plan ({default}; - for stdout)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON, nothing else")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
-
-
-def _plan_parser() -> _Parser:
-    parser = _parser(
-        "",
-        "Finds the fastest layout of a training job on a cluster, proves it and writes a plan.",
-        epilog=EXAMPLES,
-    )
-    _add_question(parser)
-    parser.add_argument(
-        "--allow",
-        default="",
-        metavar="AXES",
-        help="search context and expert parallelism too, which the runtime cannot apply yet",
-    )
-    parser.add_argument(
-        "--top", type=int, default=4, metavar="K", help="list the K best layouts (default 4)"
-    )
-    _add_output(parser, "default MODEL-NxDEVICE.plan.json")
-    parser.add_argument("--version", action="store_true", help="print the version")
-    parser.add_argument(
-        "--print-completion", choices=("bash", "zsh", "tcsh"), help="print a completion script"
-    )
-    return parser
-
-
-def _estimate_parser() -> _Parser:
-    parser = _parser(
-        "estimate",
-        "Predicts the layout that --fix describes; what is left out is 1, stage boundaries and\n"
-        "recomputation are chosen best. Exit code 0 whether it fits or not: see `fits`.",
-        epilog="example:\n  plan estimate --model llama-2-7b --gpus 8 --fix tensor=2,data_shard=4",
-    )
-    _add_question(parser)
-    _add_output(parser, "not written by default")
-    return parser
-
-
-def _explain_parser() -> _Parser:
-    parser = _parser("explain", "Says why a plan is as it is.")
-    parser.add_argument("plan", metavar="PLAN", help="a plan file")
-    parser.add_argument(
-        "--why-not", metavar="KEY=VALUE,...", help="what such a layout would cost instead"
-    )
-    parser.add_argument("--model", metavar="NAME", help="where the model is, if its name moved")
-    parser.add_argument("--cluster", metavar="FILE", help="the cluster file the plan was made for")
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
-    return parser
-
-
-def _diff_parser() -> _Parser:
-    parser = _parser("diff", "Lists what differs between two plans; exit code 1 if anything does.")
-    parser.add_argument("plans", nargs=2, metavar="PLAN", help="a plan file")
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
-    return parser
-
-
-def _models_parser() -> _Parser:
-    parser = _parser("models", "Lists the models that can be named.")
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
-    return parser
-
-
-def _devices_parser() -> _Parser:
-    parser = _parser("devices", "Lists the devices and clusters that have a profile.")
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
-    return parser
-
-
-def _schema_parser() -> _Parser:
-    return _parser("schema", "Prints the JSON Schema of the plan file.")
-
-
-# Commands
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -456,15 +297,15 @@ def _schema(options: argparse.Namespace) -> int:
 def _print_completion(shell: str) -> int:
     import shtab
 
-    parser = _plan_parser()
+    parser = plan_parser()
     commands = parser.add_subparsers()
     for make in (
-        _estimate_parser,
-        _explain_parser,
-        _diff_parser,
-        _models_parser,
-        _devices_parser,
-        _schema_parser,
+        estimate_parser,
+        explain_parser,
+        diff_parser,
+        models_parser,
+        devices_parser,
+        schema_parser,
     ):
         made = make()
         name = made.prog.split()[-1]

@@ -24,7 +24,8 @@ from paraplan.plan_file import (
     mesh_axes,
     unsupported_fields,
 )
-from paraplan.search import Found, Problem, SearchResult
+from paraplan.problem import Problem
+from paraplan.search import Found, SearchResult
 from paraplan.stage_cost import ChainCost, StageCost
 from paraplan.workload import COMPUTE_DTYPE
 

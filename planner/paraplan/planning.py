@@ -17,6 +17,7 @@ from paraplan.cluster import Cluster, load_cluster, make_cluster
 from paraplan.describe import describe, no_proof, proof_of
 from paraplan.device import load_device
 from paraplan.errors import ImpossibleError, InfeasibleError, InputError, PlanError
+from paraplan.fitting import anything_fits, least_needed_bytes
 from paraplan.graph import RECOMPUTE_MODES, Recompute
 from paraplan.layouts import (
     FIXABLE,
@@ -28,13 +29,8 @@ from paraplan.layouts import (
 )
 from paraplan.models import resolve_model
 from paraplan.plan_file import RUNTIME_CANNOT_APPLY_YET, Plan, Schedule
-from paraplan.search import (
-    Problem,
-    anything_fits,
-    estimate_layout,
-    least_needed_bytes,
-    search,
-)
+from paraplan.problem import Problem
+from paraplan.search import estimate_layout, search
 from paraplan.trace_cache import model_graph
 from paraplan.workload import default_global_batch, make_workload
 

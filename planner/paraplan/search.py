@@ -14,14 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from paraplan.best_cuts import best_cuts
-from paraplan.block_cost import BlockCompute, Numerics, block_compute, block_cost
-from paraplan.cluster import Cluster
-from paraplan.device import Device
-from paraplan.graph import ModelGraph
-from paraplan.layouts import Constraints, Family, Space, enumerate_families
+from paraplan.fitting import fits, leanest, needed_capacity_bytes
+from paraplan.layouts import Family, enumerate_families
 from paraplan.partition import (
     Staged,
     columns,
@@ -34,55 +30,14 @@ from paraplan.partition import (
     time_bound,
 )
 from paraplan.pipeline import least_seconds
-from paraplan.plan_file import Layout, Workload
+from paraplan.plan_file import Layout
+from paraplan.problem import Problem, chain_cost, computes_of
 from paraplan.solver import SOLVER, Candidate, Solution, solve_mip
-from paraplan.stage_cost import ChainCost, ChainShape, chain_shape
-from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES
+from paraplan.stage_cost import ChainCost
 
 SAME = 1 + 1e-9  # relative slack under which two step times count as equal
 NEAR = 1.005  # layouts whose best stages come this close to the best enter the program
 MOST_NEAR = 4  # plans of a layout whose columns it may combine
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is planned: everything that the cost of a layout depends on.
-
-    Attributes:
-        capacity_bytes: what one device may use.
-        computes: block costs shared by all layouts that compute alike (a memo, filled on use).
-    """
-
-    graph: ModelGraph
-    cluster: Cluster
-    device: Device
-    workload: Workload
-    capacity_bytes: float
-    constraints: Constraints = field(default_factory=Constraints)
-    computes: dict[object, tuple[BlockCompute, ...]] = field(default_factory=dict, compare=False)
-
-    @cached_property
-    def shape(self) -> ChainShape:
-        """Index of the graph's chain."""
-        return chain_shape(self.graph)
-
-    @cached_property
-    def space(self) -> Space:
-        """Sizes that bound the layouts."""
-        return Space(
-            graph=self.graph,
-            devices=self.cluster.devices,
-            devices_per_node=self.cluster.devices_per_node,
-            global_batch=self.workload.global_batch,
-        )
-
-    @cached_property
-    def numerics(self) -> Numerics:
-        """Bytes per parameter."""
-        return Numerics(
-            compute=COMPUTE_BYTES[self.workload.precision],
-            optimizer_state=OPTIMIZER_STATE_BYTES[self.workload.optimizer],
-        )
 
 
 @dataclass(frozen=True)
@@ -111,57 +66,6 @@ class SearchResult:
     solver: str = SOLVER
 
 
-def computes_of(problem: Problem, layout: Layout) -> tuple[BlockCompute, ...]:
-    """What each block kind computes under a layout, made once for all that compute alike."""
-    key = (
-        layout.tensor,
-        layout.sequence_parallel,
-        layout.context,
-        layout.expert,
-        layout.micro_batch_size,
-    )
-    if key not in problem.computes:
-        problem.computes[key] = tuple(
-            block_compute(
-                problem.graph.blocks[kind],
-                layout,
-                device=problem.device,
-                cluster=problem.cluster,
-            )
-            for kind in problem.shape.kinds
-        )
-    return problem.computes[key]
-
-
-def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
-    """Costs of one layout along the chain."""
-    graph = problem.graph
-    variants = [graph.blocks[kind].variants[layout.tensor] for kind in problem.shape.kinds]
-    costs = tuple(
-        block_cost(
-            compute,
-            variant.parameters,
-            variant.expert_parameters,
-            layout,
-            numerics=problem.numerics,
-            device=problem.device,
-            cluster=problem.cluster,
-        )
-        for compute, variant in zip(computes_of(problem, layout), variants, strict=True)
-    )
-    return ChainCost(
-        graph=graph,
-        shape=problem.shape,
-        layout=layout,
-        costs=costs,
-        cluster=problem.cluster,
-        device=problem.device,
-        numerics=problem.numerics,
-        capacity_bytes=problem.capacity_bytes,
-        modes=problem.constraints.recompute,
-    )
-
-
 def _family_bound(problem: Problem, family: Family) -> float:
     """A lower bound on the step time of every member: its computation alone."""
     layout = family.base
@@ -171,23 +75,6 @@ def _family_bound(problem: Problem, family: Family) -> float:
     return least_seconds(
         work, layout.pipeline, layout.micro_batches, layout.virtual_stages, max(times)
     )
-
-
-def leanest(family: Family) -> Layout:
-    """The member that needs the least memory: most shards, then the most that is sharded.
-
-    Model state shrinks with both, and ZeRO-3's two gathered blocks are never more than the
-    whole stage that the other stages of ZeRO keep unsharded.
-    """
-    return family.layout(max(family.splits, key=lambda split: (split[1], split[2])))
-
-
-def fits(chain: ChainCost) -> bool:
-    """Whether any cuts and recompute choices of a layout stay within the capacity."""
-    cuts = fixed_cuts(chain)
-    if cuts is not None:
-        return staged(chain, cuts) is not None
-    return smallest_bottleneck(chain) is not None
 
 
 @dataclass
@@ -396,66 +283,9 @@ def estimate_layout(problem: Problem, layout: Layout) -> Found:
         return Found(layout, chain, found)
     bottleneck = smallest_bottleneck(chain)
     if bottleneck is None:
-        needed = needed_capacity_bytes(chain)
-        chain = replace(chain, capacity_bytes=needed, memo={})
+        chain = replace(chain, capacity_bytes=needed_capacity_bytes(chain), memo={})
         bottleneck = smallest_bottleneck(chain)
         assert bottleneck is not None, "the needed capacity suffices"
     first = improve(chain, bottleneck[1])
     assert first is not None, "smallest_bottleneck returned cuts that fit"
     return best_stages(chain, first)
-
-
-def needed_capacity_bytes(chain: ChainCost) -> float:
-    """The smallest capacity of a device at which a layout fits, to 1 MiB."""
-    low, high = chain.capacity_bytes, chain.capacity_bytes
-    while not fits(replace(chain, capacity_bytes=high, memo={})):
-        low, high = high, 2 * high
-    while high - low > 2**20:
-        middle = (low + high) / 2
-        if fits(replace(chain, capacity_bytes=middle, memo={})):
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def least_needed_bytes(problem: Problem) -> float | None:
-    """The smallest capacity at which anything fits; None if no layout is possible at all."""
-    best: float | None = None
-    for family in _lean_families(problem):
-        chain = chain_cost(problem, leanest(family))
-        if best is None or fits(replace(chain, capacity_bytes=best - 2**20, memo={})):
-            best = needed_capacity_bytes(chain)
-    return best
-
-
-def anything_fits(problem: Problem) -> bool:
-    """Whether some layout stays within the capacity."""
-    return any(fits(chain_cost(problem, leanest(family))) for family in _lean_families(problem))
-
-
-def _lean_families(problem: Problem) -> list[Family]:
-    """For each mesh and schedule the families that need the least memory.
-
-    Activations in flight are ``min(M, p - s) * m = min(B, (p - s) m)`` for a rank's batch B:
-    least with the smallest micro-batch. The largest one (M = 1) keeps no whole gradients under
-    ZeRO-1.
-    """
-    families, _ = enumerate_families(problem.space, problem.constraints)
-    ends: dict[object, list[Family]] = {}
-    for family in families:
-        layout = family.base
-        mesh = (
-            layout.tensor,
-            layout.context,
-            layout.expert,
-            layout.pipeline,
-            layout.sequence_parallel,
-            layout.virtual_stages,
-        )
-        ends.setdefault(mesh, []).append(family)
-    lean: list[Family] = []
-    for members in ends.values():
-        members.sort(key=lambda family: family.base.micro_batch_size)
-        lean += members if len(members) < 2 else [members[0], members[-1]]
-    return sorted(lean, key=lambda family: (family.base.micro_batch_size, -family.base.tensor))

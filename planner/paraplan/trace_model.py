@@ -178,6 +178,9 @@ def _remote(source: ModelSource) -> tuple[Any, Any]:
 
 def _instantiate(cls: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     config.use_cache = False
+    if getattr(config, "is_encoder_decoder", False):
+        start = getattr(config, "decoder_start_token_id", None)
+        config.decoder_start_token_id = start or 0  # any token has the same shape
     make = getattr(cls, "_from_config", cls)
     with torch.device("meta"):
         try:

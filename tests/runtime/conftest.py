@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "matrix: every model under every layout (half an hour)")
+    config.addinivalue_line(
+        "markers", "matrix: every model under every layout, and the slower tests (an hour)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

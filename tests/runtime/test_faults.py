@@ -49,6 +49,7 @@ def uninterrupted() -> list[float]:
     return losses
 
 
+@pytest.mark.matrix
 def test_a_restarted_job_continues_where_it_was(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "exit", restarts=1)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,6 +10,7 @@ from parity_work import LOSS_TOLERANCE, NORM_TOLERANCE
 from rank_launch import run_ranks
 
 
+@pytest.mark.matrix
 # peft 0.x asks for a property that transformers 5 renames.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_train_as_on_one_device() -> None:

@@ -18,8 +18,8 @@ BF16_TOLERANCE = 2.0**-8
 @pytest.fixture(
     scope="module",
     params=[
-        "data",
         "pipeline",
+        pytest.param("data", marks=pytest.mark.matrix),
         pytest.param("interleaved", marks=pytest.mark.matrix),
         pytest.param("tensor", marks=pytest.mark.matrix),
     ],

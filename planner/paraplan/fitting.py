@@ -1,0 +1,84 @@
+"""Whether layouts fit in memory, and what would make them fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paraplan.layouts import Family, enumerate_families
+from paraplan.partition import fixed_cuts, smallest_bottleneck, staged
+from paraplan.plan_file import Layout
+from paraplan.problem import Problem, chain_cost
+from paraplan.stage_cost import ChainCost
+
+
+def leanest(family: Family) -> Layout:
+    """The member that needs the least memory: most shards, then the most that is sharded.
+
+    Model state shrinks with both, and ZeRO-3's two gathered blocks are never more than the
+    whole stage that the other stages of ZeRO keep unsharded.
+    """
+    return family.layout(max(family.splits, key=lambda split: (split[1], split[2])))
+
+
+def fits(chain: ChainCost) -> bool:
+    """Whether any cuts and recompute choices of a layout stay within the capacity."""
+    cuts = fixed_cuts(chain)
+    if cuts is not None:
+        return staged(chain, cuts) is not None
+    return smallest_bottleneck(chain) is not None
+
+
+def needed_capacity_bytes(chain: ChainCost) -> float:
+    """The smallest capacity of a device at which a layout fits, to 1 MiB."""
+    low, high = chain.capacity_bytes, chain.capacity_bytes
+    while not fits(replace(chain, capacity_bytes=high, memo={})):
+        low, high = high, 2 * high
+    while high - low > 2**20:
+        middle = (low + high) / 2
+        if fits(replace(chain, capacity_bytes=middle, memo={})):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def least_needed_bytes(problem: Problem) -> float | None:
+    """The smallest capacity at which anything fits; None if no layout is possible at all."""
+    best: float | None = None
+    for family in _lean_families(problem):
+        chain = chain_cost(problem, leanest(family))
+        if best is None or fits(replace(chain, capacity_bytes=best - 2**20, memo={})):
+            best = needed_capacity_bytes(chain)
+    return best
+
+
+def anything_fits(problem: Problem) -> bool:
+    """Whether some layout stays within the capacity."""
+    return any(fits(chain_cost(problem, leanest(family))) for family in _lean_families(problem))
+
+
+def _lean_families(problem: Problem) -> list[Family]:
+    """For each mesh and schedule the families that need the least memory.
+
+    Activations in flight are ``min(M, p - s) * m = min(B, (p - s) m)`` for a rank's batch B:
+    least with the smallest micro-batch. The largest one (M = 1) keeps no whole gradients under
+    ZeRO-1.
+    """
+    families, _ = enumerate_families(problem.space, problem.constraints)
+    ends: dict[object, list[Family]] = {}
+    for family in families:
+        layout = family.base
+        mesh = (
+            layout.tensor,
+            layout.context,
+            layout.expert,
+            layout.pipeline,
+            layout.sequence_parallel,
+            layout.virtual_stages,
+        )
+        ends.setdefault(mesh, []).append(family)
+    lean: list[Family] = []
+    for members in ends.values():
+        members.sort(key=lambda family: family.base.micro_batch_size)
+        lean += members if len(members) < 2 else [members[0], members[-1]]
+    return sorted(lean, key=lambda family: (family.base.micro_batch_size, -family.base.tensor))
