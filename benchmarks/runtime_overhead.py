@@ -26,6 +26,7 @@ from torch import nn
 from paraplan.plan_file import Layout
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
+from parity_cases import make_plan
 
 RANKS = 2
 LAYERS = 8
@@ -185,7 +186,6 @@ BY_HAND = {"data": data_by_hand, "tensor": tensor_by_hand, "pipeline": pipeline_
 
 def through_the_runtime(technique: str) -> Step:
     """An ordinary loop's step."""
-    from parity_cases import make_plan
 
     from paraplan_runtime import parallelize
 

@@ -335,9 +335,7 @@ def _pointwise(
     return made
 
 
-def _saved(
-    sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int
-) -> dict[Recompute, Saved]:
+def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dict[Recompute, Saved]:
     """Bytes kept (Korthikanti et al. 2022, section 4.1; the products' inputs are kept once)."""
     s, h = sizes.sequence_length, sizes.hidden
     x, out = 2 * s * h, 2 * s * sizes.heads * sizes.head_dim // tensor
@@ -348,15 +346,15 @@ def _saved(
     replicated = 4 * x + (x if sizes.dropout else 0)
     if not sizes.fused:
         replicated += 4 * x  # fp32 copies of the norms' inputs
-    none = Saved(sharded=_per_sequence(qkv + out + mlp + core), replicated=_per_sequence(replicated))
+    none = Saved(
+        sharded=_per_sequence(qkv + out + mlp + core), replicated=_per_sequence(replicated)
+    )
     if sizes.selective == "pointwise":
         kept = qkv + out + core + 2 * s * up
         selective = Saved(sharded=_per_sequence(kept), replicated=_per_sequence(2 * x))
     else:
         sharded = qkv + out + mlp
-        selective = Saved(
-            sharded=_per_sequence(sharded), replicated=_per_sequence(replicated)
-        )
+        selective = Saved(sharded=_per_sequence(sharded), replicated=_per_sequence(replicated))
     full = Saved(replicated=_per_sequence(x))
     return {"none": none, "selective": selective, "full": full}
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "matrix: every model under every layout, and the slower tests (an hour)"
+        "markers", "matrix: every model under every layout; slow tests (an hour)"
     )
 
 
