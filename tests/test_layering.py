@@ -27,6 +27,8 @@ partition problem
 best_cuts solver fitting
 search
 describe
+validate_rows validate_graph
+validate
 planning
 report
 explain

@@ -22,7 +22,7 @@ from paraplan.models import ModelSource
 from paraplan.trace_chain import chain_values, names_of_blocks, owned_modules
 from paraplan.trace_layers import find_layers, outside_modules, structure
 from paraplan.trace_model import Built, build_model, quiet_transformers
-from paraplan.trace_parts import PassTrace, Role, Subject
+from paraplan.trace_parts import Part, PassTrace, Role, Subject
 from paraplan.trace_pass import trace_pass
 from paraplan.trace_shard import sharded, tensor_split
 from paraplan.trace_tensor import tensor_table
@@ -57,6 +57,29 @@ def trace_model(
         return _trace_built(source, built, sequence_length, compute_dtype, tensor_degrees)
 
 
+def one_pass(source: ModelSource, *, sequence_length: int, compute_dtype: str) -> dict[str, Part]:
+    """The traced parts of a model at micro-batch 1, one for each kind of block, by its name."""
+    with _without_garbage_collection(), quiet_transformers():
+        built = build_model(source, sequence_length=sequence_length, compute_dtype=compute_dtype)
+        subject = _subject(built)
+        steps = trace_pass(subject, built.runner(1), roles={}, kinds=None).steps
+        classes = {path: type(module).__name__ for path, module in subject.layers.items()}
+        parts: dict[str, Part] = {}
+        for step, name in zip(steps, names_of_blocks(steps, classes), strict=True):
+            parts.setdefault(name, step.part)
+        return parts
+
+
+def _subject(built: Built) -> Subject:
+    layers = find_layers(built.model)
+    return Subject(
+        model=built.model,
+        layers=layers,
+        structures={path: structure(module) for path, module in layers.items()},
+        outside=outside_modules(built.model, layers),
+    )
+
+
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """A trace makes many small objects and few cycles; collecting doubles its time."""
@@ -76,13 +99,7 @@ def _trace_built(
     compute_dtype: str,
     tensor_degrees: Sequence[int],
 ) -> ModelGraph:
-    layers = find_layers(built.model)
-    subject = Subject(
-        model=built.model,
-        layers=layers,
-        structures={path: structure(module) for path, module in layers.items()},
-        outside=outside_modules(built.model, layers),
-    )
+    subject = _subject(built)
     passes: Passes = {1: _both(subject, built, {}, None)}
     _check_passes(source, built, passes[1])
     limits = _split_passes(subject, built, tensor_degrees, passes)

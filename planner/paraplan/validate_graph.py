@@ -38,6 +38,7 @@ class ModelSizes:
         gated: the MLP multiplies two projections (SwiGLU).
         tied: embedding and head share their weight.
         fused: fused kernels (Megatron-LM, Transformer Engine, torch.compile), else eager torch.
+        fused_norm: norms are one kernel.
         flash: attention is one fused kernel.
         dropout: after softmax and in front of both residual additions.
         product_dtype: of the layers' matrix products; everything else is in ``dtype``.
@@ -55,6 +56,7 @@ class ModelSizes:
     gated: bool
     tied: bool
     fused: bool
+    fused_norm: bool
     flash: bool
     dropout: bool
     dtype: str
@@ -203,7 +205,7 @@ def _norm(sizes: ModelSizes, pointwise: tuple[Recompute, ...]) -> list[Op]:
         _memory("norm", "forward", x, x, replicated=True, reruns=pointwise),
         _memory("norm", "backward", 2 * x, x, replicated=True),
     ]
-    if not sizes.fused:
+    if not sizes.fused_norm:
         made += [
             _memory("norm", "forward", 2 * x, 2 * x, replicated=True, reruns=pointwise),
             _memory("norm", "backward", 3 * x, 2 * x, replicated=True),
@@ -241,6 +243,11 @@ def _attention(sizes: ModelSizes, tensor: int) -> list[Op]:
         _memory("softmax", "forward", scores, scores, reruns=core),
         _memory("softmax_backward", "backward", 2 * scores, scores),
     ]
+    if not sizes.fused:  # scale, mask, and a cast to fp32 and back around the softmax
+        made += [
+            _memory("softmax", "forward", 6 * scores, 6 * scores, reruns=core),
+            _memory("softmax_backward", "backward", 5 * scores, 5 * scores),
+        ]
     if sizes.dropout:
         made += [
             _memory("dropout", "forward", scores, 1.5 * scores, reruns=core),
@@ -314,22 +321,21 @@ def _pointwise(
     x = 2 * s * sizes.hidden
     mask = x / 2 if sizes.dropout else 0
     wide, narrow = 2 * s * up, 2 * s * ffn
-    again = {"reruns": reruns}
     made = [
-        _memory("activation", "forward", wide, narrow, **again),
+        _memory("activation", "forward", wide, narrow, reruns=reruns),
         _memory("activation_backward", "backward", wide + narrow, wide),
-        _memory("add", "forward", 2 * x, x + mask, replicated=True, count=2, **again),
+        _memory("add", "forward", 2 * x, x + mask, replicated=True, count=2, reruns=reruns),
         _memory("add", "backward", x + mask + x, x, replicated=True, count=2),
     ]
     if sizes.gated:
         rotated = 2 * s * width * 2 / 3
         made += [
-            _memory("rotary", "forward", rotated, rotated, **again),
+            _memory("rotary", "forward", rotated, rotated, reruns=reruns),
             _memory("rotary", "backward", rotated, rotated),
         ]
     if not sizes.fused:  # bias, gate product and casts are kernels of their own
         made += [
-            _memory("activation", "forward", wide, wide, **again),
+            _memory("activation", "forward", wide, wide, reruns=reruns),
             _memory("activation", "backward", wide, wide),
         ]
     return made
@@ -344,16 +350,14 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     if not sizes.flash:
         core = (5 if sizes.dropout else 2) * s * s * sizes.heads // tensor
     replicated = 4 * x + (x if sizes.dropout else 0)
-    if not sizes.fused:
+    if not sizes.fused_norm:
         replicated += 4 * x  # fp32 copies of the norms' inputs
-    none = Saved(
-        sharded=_per_sequence(qkv + out + mlp + core), replicated=_per_sequence(replicated)
-    )
+    sharded = qkv + out + mlp
+    none = Saved(sharded=_per_sequence(sharded + core), replicated=_per_sequence(replicated))
     if sizes.selective == "pointwise":
         kept = qkv + out + core + 2 * s * up
         selective = Saved(sharded=_per_sequence(kept), replicated=_per_sequence(2 * x))
     else:
-        sharded = qkv + out + mlp
         selective = Saved(sharded=_per_sequence(sharded), replicated=_per_sequence(replicated))
     full = Saved(replicated=_per_sequence(x))
     return {"none": none, "selective": selective, "full": full}

@@ -34,6 +34,9 @@ CLUSTERS: tuple[tuple[str, str], ...] = (
     ("b200", "dgx-b200"),
     ("mi300x", "mi300x-8"),
 )
+FUSED = ("compile", "fused-softmax", "(te)", "cudnn", "distributed-optimizer", "megatron")
+"""Words that tell of Megatron-LM's or Transformer Engine's kernels, or torch.compile's; a run
+without any of them is taken to be eager torch."""
 FP8 = ("fp8", "float8", "mxfp8")
 
 
@@ -168,7 +171,8 @@ def sizes_of(row: Row) -> ModelSizes:
     attention = row.text("attn_impl")
     flash = any(word in attention for word in ("flash", "cudnn", "te"))
     fsdp = row.text("zero_or_fsdp").startswith(("fsdp", "hsdp"))
-    compiled = "compile" in row.text("notes") or product_dtype == "float8"
+    kernels = attention + row.text("notes") + row.text("zero_or_fsdp")
+    fused = any(word in kernels for word in FUSED) or product_dtype == "float8"
     base = ModelSizes(
         layers=row.count("layers"),
         hidden=hidden,
@@ -179,7 +183,8 @@ def sizes_of(row: Row) -> ModelSizes:
         sequence_length=row.count("seq_len"),
         gated=row.count("ffn", 4 * hidden) != 4 * hidden,
         tied=False,
-        fused=compiled or not fsdp,
+        fused=fused,
+        fused_norm=fused or "rms kernel" in attention,
         flash=flash,
         dropout=not flash,
         dtype=dtype,
@@ -281,9 +286,10 @@ def _sharding(row: Row, data: int) -> tuple[int, int]:
 
 def node_bytes_per_second(network: str) -> float | None:
     """Bandwidth of a node, each direction, from text such as ``8x400Gb/s`` or ``4xHDR200``."""
-    text = network.lower().split("compute:")[-1]
+    text = network.lower().split("compute:")[-1].split("management:")[0]
     text = re.sub(r"\(.*?\)", "", text)
-    found = re.search(r"(\d+)\s*x\s*[^\d,;]*?(?:connectx-\d\D*|cx-\d\D*)?(\d{2,3})(?!\d)", text)
+    cards = r"(?:connectx-\d\s+|bf3\s+|mt\w+\s+|bluefield-3\s+|ib\s+)*(?:hdr|ndr|xdr|omnipath)?"
+    found = re.search(rf"(\d+)\s*x\s*{cards}\s*(\d{{3}})(?!\d|gbase)", text)
     if found:
         return int(found[1]) * int(found[2]) * 1e9 / 8
     found = re.search(r"([\d.]+)\s*(g|t)b/s[^,;]*(?:/|per )node", text)
