@@ -27,7 +27,8 @@ partition problem
 best_cuts solver fitting
 search
 describe
-validate_rows validate_graph
+validate_graph
+validate_rows
 validate
 planning
 report

@@ -16,19 +16,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from paraplan.cluster import Cluster
-from paraplan.device import Device
 from paraplan.errors import InputError, PlanError
 from paraplan.layouts import Constraints
-from paraplan.partition import Cuts, Staged, staged
+from paraplan.partition import staged
 from paraplan.plan_file import Precision
 from paraplan.problem import Problem, chain_cost
-from paraplan.stage_cost import ChainCost
 from paraplan.validate_graph import closed_form_graph
 from paraplan.validate_rows import (
     Row,
     Unusable,
     cluster_of,
+    comparable_gib,
+    device_of,
+    equal_cuts,
     layout_of,
     read_rows,
     recompute_of,
@@ -36,7 +36,6 @@ from paraplan.validate_rows import (
 )
 from paraplan.workload import make_workload
 
-GIB = 2**30
 LEAST_SWEEP = 4
 """Layouts from which on rank correlation and regret of a sweep are worth a figure."""
 
@@ -46,7 +45,7 @@ class Prediction:
     """One row and what the cost model says of it.
 
     Attributes:
-        predicted_gib: what the published figure counts (see `_comparable_gib`).
+        predicted_gib: what the published figure counts (see `comparable_gib`).
         fits: whether the fullest device's memory suffices.
     """
 
@@ -134,7 +133,7 @@ def predict(row: Row) -> Prediction:
     """
     sizes = sizes_of(row)
     cluster = cluster_of(row)
-    device = _device(cluster, row.text("attn_impl"))
+    device = device_of(cluster, row.text("attn_impl"))
     known = device.rates.dtypes
     if sizes.product_dtype not in known or sizes.dtype not in known:
         raise Unusable(f"{device.name} has no figures for {sizes.product_dtype}")
@@ -162,49 +161,9 @@ def predict(row: Row) -> Prediction:
     return Prediction(
         row=row,
         predicted_s=found.step_seconds,
-        predicted_gib=_comparable_gib(row, chain, found),
+        predicted_gib=comparable_gib(row, chain, found),
         fits=needed <= problem.capacity_bytes,
     )
-
-
-def _device(cluster: Cluster, attention: str) -> Device:
-    """The device with the attention that the run used, where its profile has it."""
-    device = cluster.device
-    names = [kernel.implementation for kernel in device.attention]
-    older = "flash" in attention and not ("te" in attention.split("(")[-1] or "cudnn" in attention)
-    if older and "flash-attention-2" in names:
-        return device.with_attention("flash-attention-2")
-    return device
-
-
-def equal_cuts(layers: int, chunks: int) -> Cuts:
-    """Equal runs of layers, embedding and head joining the end ones (Megatron-LM).
-
-    Where layers do not divide, embedding and head count as layers if that does (Llama 3), and
-    otherwise the runs differ by one layer at most.
-    """
-    if layers % chunks and (layers + 2) % chunks == 0:
-        return tuple(range(0, layers + 3, (layers + 2) // chunks))
-    inner = (1 + round(layers * chunk / chunks) for chunk in range(1, chunks))
-    return (0, *inner, layers + 2)
-
-
-def _comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:
-    """What the published figure counts, as far as its notes say.
-
-    ``rank 0``: the first pipeline stage, else the fullest. ``torch max`` or ``reserved``: torch's
-    allocator, which sees neither the context nor NCCL's buffers.
-    """
-    notes = row.text("notes")
-    stages = found.stages[:1] if "rank 0" in notes else found.stages
-    needed = max(stage.memory_bytes for stage in stages)
-    if "torch max" in notes or "reserved" in notes:
-        layout, device = chain.layout, chain.device
-        axes = (layout.tensor, layout.data_ranks, layout.context, layout.pipeline)
-        communicators = sum(size > 1 for size in axes)
-        needed -= device.framework_memory_bytes.value
-        needed -= communicators * device.communicator_memory_bytes.value
-    return needed / GIB
 
 
 def validate_files(paths: Iterable[Path]) -> dict[str, FileResult]:

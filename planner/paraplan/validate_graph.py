@@ -80,13 +80,6 @@ def _layer_parameters(sizes: ModelSizes, tensor: int) -> int:
     return sizes.hidden * (width + (3 if sizes.gated else 2) * sizes.ffn) // tensor
 
 
-def tensor_reason(sizes: ModelSizes, tensor: int) -> str | None:
-    """Why the model cannot be divided over ``tensor`` ranks; None when it can."""
-    if sizes.heads % tensor or sizes.ffn % tensor:
-        return f"{sizes.heads} heads and ffn {sizes.ffn} do not divide over tensor({tensor})"
-    return None
-
-
 def _per_sequence(number: float) -> Amount:
     return Amount(0, round(number))
 
@@ -158,8 +151,7 @@ def _product(
     fields = {"phase": "backward", "reruns": ()}
     data = forward.model_copy(update={**fields, "dims": (one, rows, inner, columns)})
     weight = forward.model_copy(update={**fields, "dims": (one, columns, inner, rows)})
-    made = [forward, data, weight]
-    return made + (_casts(tokens, n, k) if dtype == "float8" else [])
+    return [forward, data, weight] + (_casts(tokens, n, k) if dtype == "float8" else [])
 
 
 def _casts(tokens: int, n: int, k: int) -> list[Op]:
@@ -286,18 +278,18 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     d, ffn = sizes.head_dim, sizes.ffn // tensor
     width = (sizes.heads + 2 * max(sizes.kv_heads, tensor)) * d // tensor
     up = 2 * ffn if sizes.gated else ffn
-    kept: tuple[Recompute, ...] = ALL
     pointwise = CORE if sizes.selective == "pointwise" else ALL
-    ops = [*_norm(sizes, pointwise), *_product(s, width, h, dtype, kept)]
+    ops = [*_norm(sizes, pointwise), *_product(s, width, h, dtype)]
     ops += _attention(sizes, tensor)
-    ops += _product(s, h, sizes.heads * d // tensor, dtype, kept)
-    ops += [*_norm(sizes, pointwise), *_product(s, up, h, dtype, kept)]
-    ops += _product(s, h, ffn, dtype, kept)
+    ops += _product(s, h, sizes.heads * d // tensor, dtype)
+    ops += [*_norm(sizes, pointwise), *_product(s, up, h, dtype)]
+    ops += _product(s, h, ffn, dtype)
     ops += _pointwise(sizes, up, ffn, width, pointwise)
     saved = _saved(sizes, tensor, up, ffn, width)
     message = _per_sequence(2 * s * h)
     none = saved["none"]
-    peak = none.sharded.per_sequence + none.replicated.per_sequence + 2 * s * (up + ffn) + 4 * s * h
+    kept_bytes = sum(a.per_sequence for a in (none.sharded, none.replicated, none.gathered))
+    peak = kept_bytes + 2 * s * (up + ffn) + 4 * s * h
     return BlockVariant(
         ops=tuple(ops),
         parameters=_layer_parameters(sizes, tensor),
@@ -353,12 +345,20 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     if not sizes.fused_norm:
         replicated += 4 * x  # fp32 copies of the norms' inputs
     sharded = qkv + out + mlp
-    none = Saved(sharded=_per_sequence(sharded + core), replicated=_per_sequence(replicated))
+    # Megatron-LM gathers the inputs of column-parallel products again in the backward; others
+    # keep them gathered.
+    gathered = _per_sequence(0 if sizes.fused else 2 * x)
+    replicated -= gathered.per_sequence
+    none = Saved(
+        sharded=_per_sequence(sharded + core),
+        replicated=_per_sequence(replicated),
+        gathered=gathered,
+    )
     if sizes.selective == "pointwise":
         kept = qkv + out + core + 2 * s * up
         selective = Saved(sharded=_per_sequence(kept), replicated=_per_sequence(2 * x))
     else:
-        selective = Saved(sharded=_per_sequence(sharded), replicated=_per_sequence(replicated))
+        selective = none.model_copy(update={"sharded": _per_sequence(sharded)})
     full = Saved(replicated=_per_sequence(x))
     return {"none": none, "selective": selective, "full": full}
 

@@ -14,11 +14,15 @@ from functools import cache
 from pathlib import Path
 
 from paraplan.cluster import Cluster, load_cluster
+from paraplan.device import Device
 from paraplan.errors import InputError
 from paraplan.graph import Recompute
+from paraplan.partition import Cuts, Staged
 from paraplan.plan_file import Layout, Schedule
-from paraplan.validate_graph import ModelSizes, parameter_count, tensor_reason
+from paraplan.stage_cost import ChainCost
+from paraplan.validate_graph import ModelSizes, parameter_count
 
+GIB = 2**30
 NEEDED = ("id", "gpu", "n_gpus", "layers", "hidden", "heads", "seq_len", "global_batch")
 HEADLINE_MFU = 10.0
 """Percent; below it a run is pathological (thousands of tiny messages over a slow fabric)."""
@@ -34,9 +38,9 @@ CLUSTERS: tuple[tuple[str, str], ...] = (
     ("b200", "dgx-b200"),
     ("mi300x", "mi300x-8"),
 )
-FUSED = ("compile", "fused-softmax", "(te)", "cudnn", "distributed-optimizer", "megatron")
-"""Words that tell of Megatron-LM's or Transformer Engine's kernels, or torch.compile's; a run
-without any of them is taken to be eager torch."""
+FUSED = ("fused-softmax", "(te)", "cudnn", "distributed-optimizer", "megatron")
+"""Words for Megatron-LM's or Transformer Engine's kernels. A run with none of them, and without
+``compile`` in its notes, is taken to be eager torch."""
 FP8 = ("fp8", "float8", "mxfp8")
 
 
@@ -171,8 +175,8 @@ def sizes_of(row: Row) -> ModelSizes:
     attention = row.text("attn_impl")
     flash = any(word in attention for word in ("flash", "cudnn", "te"))
     fsdp = row.text("zero_or_fsdp").startswith(("fsdp", "hsdp"))
-    kernels = attention + row.text("notes") + row.text("zero_or_fsdp")
-    fused = any(word in kernels for word in FUSED) or product_dtype == "float8"
+    kernels = f"{attention} {row.text('zero_or_fsdp')}"
+    fused = "compile" in row.text("notes") or any(word in kernels for word in FUSED)
     base = ModelSizes(
         layers=row.count("layers"),
         hidden=hidden,
@@ -196,6 +200,13 @@ def sizes_of(row: Row) -> ModelSizes:
         return base
     options = [replace(base, gated=g, tied=t) for g in (False, True) for t in (False, True)]
     return min(options, key=lambda sizes: abs(parameter_count(sizes) / 1e9 - published))
+
+
+def tensor_reason(sizes: ModelSizes, tensor: int) -> str | None:
+    """Why the model cannot be divided over ``tensor`` ranks; None when it can."""
+    if sizes.heads % tensor or sizes.ffn % tensor:
+        return f"{sizes.heads} heads and ffn {sizes.ffn} do not divide over tensor({tensor})"
+    return None
 
 
 def recompute_of(row: Row) -> Recompute:
@@ -325,3 +336,43 @@ def _cluster(name: str, devices: int, node_bandwidth: float | None) -> Cluster:
     usual = load_cluster(name)
     whole = usual.link_between.bandwidth_bytes_per_second.value * usual.devices_per_node
     return cluster.with_link_between_scaled(node_bandwidth / whole)
+
+
+def device_of(cluster: Cluster, attention: str) -> Device:
+    """The device with the attention that the run used, where its profile has it."""
+    device = cluster.device
+    names = [kernel.implementation for kernel in device.attention]
+    older = "flash" in attention and not ("te" in attention.split("(")[-1] or "cudnn" in attention)
+    if older and "flash-attention-2" in names:
+        return device.with_attention("flash-attention-2")
+    return device
+
+
+def equal_cuts(layers: int, chunks: int) -> Cuts:
+    """Equal runs of layers, embedding and head joining the end ones (Megatron-LM).
+
+    Where layers do not divide, embedding and head count as layers if that does (Llama 3), and
+    otherwise the runs differ by one layer at most.
+    """
+    if layers % chunks and (layers + 2) % chunks == 0:
+        return tuple(range(0, layers + 3, (layers + 2) // chunks))
+    inner = (1 + round(layers * chunk / chunks) for chunk in range(1, chunks))
+    return (0, *inner, layers + 2)
+
+
+def comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:
+    """What the published figure counts, as far as its notes say.
+
+    ``rank 0``: the first pipeline stage, else the fullest. ``torch max`` or ``reserved``: torch's
+    allocator, which sees neither the context nor NCCL's buffers.
+    """
+    notes = row.text("notes")
+    stages = found.stages[:1] if "rank 0" in notes else found.stages
+    needed = max(stage.memory_bytes for stage in stages)
+    if "torch max" in notes or "reserved" in notes:
+        layout, device = chain.layout, chain.device
+        axes = (layout.tensor, layout.data_ranks, layout.context, layout.pipeline)
+        communicators = sum(size > 1 for size in axes)
+        needed -= device.framework_memory_bytes.value
+        needed -= communicators * device.communicator_memory_bytes.value
+    return needed / GIB

@@ -1,0 +1,281 @@
+"""`plan validate` on a small made-up file: rows, models, layouts, statistics, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from paraplan.errors import InputError
+from paraplan.validate import (
+    as_json,
+    predict,
+    summarise,
+    validate_files,
+    validate_main,
+)
+from paraplan.validate_graph import closed_form_graph, parameter_count
+from paraplan.validate_rows import (
+    Row,
+    Unusable,
+    equal_cuts,
+    layout_of,
+    node_bytes_per_second,
+    sizes_of,
+)
+
+# A made-up model of 1.21 B parameters: 16 layers of 2048, SwiGLU, untied.
+BASE = {
+    "id": "made-0",
+    "source": "made up",
+    "task": "pretrain",
+    "model": "llama-like",
+    "params_b": "1.21",
+    "layers": "16",
+    "hidden": "2048",
+    "ffn": "8192",
+    "heads": "16",
+    "kv_heads": "16",
+    "vocab": "32768",
+    "seq_len": "2048",
+    "gpu": "H100-80GB-SXM",
+    "n_gpus": "8",
+    "gpus_per_node": "8",
+    "network": "8x400Gb/s IB",
+    "precision": "bf16",
+    "tp": "2",
+    "pp": "2",
+    "dp": "2",
+    "zero_or_fsdp": "zero1",
+    "sequence_parallel": "1",
+    "recompute": "none",
+    "attn_impl": "flash(TE)",
+    "micro_batch": "1",
+    "global_batch": "16",
+    "measured_iter_time_s": "",
+    "peak_mem_gib": "",
+    "oom": "",
+    "mfu": "",
+    "quality": "A",
+    "notes": "",
+}
+
+
+def row(**cells: str) -> Row:
+    """The made-up row with some cells changed."""
+    return Row("made", BASE | cells)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(BASE))
+        writer.writeheader()
+        writer.writerows(BASE | cells for cells in rows)
+    return path
+
+
+def test_parameter_count_decides_what_the_columns_leave_open() -> None:
+    # 16 layers of 4 h^2 + 2 or 3 h ffn, and one or two embeddings of 67.1 M
+    attention, mlp, embedding = 16 * 4 * 2048**2, 16 * 2048 * 8192, 32768 * 2048
+    for gated in (False, True):
+        for tied in (False, True):
+            count = attention + (3 if gated else 2) * mlp + (1 if tied else 2) * embedding
+            sizes = sizes_of(row(params_b=f"{count / 1e9:.3f}"))
+            assert (sizes.gated, sizes.tied) == (gated, tied)
+            assert parameter_count(sizes) == count
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+@pytest.mark.parametrize("attention", ["flash", "unfused"])
+def test_tensor_ranks_share_the_work_of_products(tensor: int, attention: str) -> None:
+    sizes = sizes_of(row(attn_impl=attention))
+    graph = closed_form_graph(sizes, tensor)
+    for block in graph.blocks.values():
+        whole, part = block.variants[1], block.variants[tensor]
+        assert part.parameters == whole.parameters // tensor
+        for one, other in zip(whole.ops, part.ops, strict=True):
+            assert (one.name, one.phase, one.kind) == (other.name, other.phase, other.kind)
+    assert sum(
+        block.variants[1].parameters * (sizes.layers if name == "layer" else 1)
+        for name, block in graph.blocks.items()
+    ) == parameter_count(sizes)
+
+
+def test_model_flops_are_those_of_the_closed_form() -> None:
+    # 6 FLOPs per weight of a product and token, and 3.5 times the causal attention's forward.
+    sizes = sizes_of(row())
+    products = parameter_count(sizes) - sizes.vocab * sizes.hidden
+    s = sizes.sequence_length
+    attention = 3.5 * 4 * sizes.layers * sizes.hidden * s * (s + 1) / 2
+    flops = closed_form_graph(sizes, 1).model_flops_per_sequence
+    assert flops == pytest.approx(6 * products * s + attention, rel=1e-12)
+
+
+def test_saved_activations_are_korthikantis() -> None:
+    # sbh (10 + 24 / t + 5 a s / (h t)) for a GPT without flash attention (equation 2).
+    cells = {"ffn": "8192", "params_b": "0.872", "attn_impl": "unfused+fused-softmax"}
+    sizes = sizes_of(row(**cells))
+    assert not sizes.gated
+    s, h = sizes.sequence_length, sizes.hidden
+    for t in (1, 2, 4):
+        saved = closed_form_graph(sizes, t).blocks["layer"].variants[t].saved["none"]
+        whole = saved.sharded.per_sequence + saved.replicated.per_sequence
+        expected = s * h * (10 + 24 / t + 5 * sizes.heads * s / (h * t))
+        assert whole == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "wanted"),
+    [
+        ("none", 8, (1, 0)),
+        ("zero1(distributed-optimizer)", 8, (8, 1)),
+        ("fsdp-shard_grad_op", 8, (8, 2)),
+        ("fsdp-full_shard", 8, (8, 3)),
+        ("hsdp(shard 4 x replicate)", 8, (4, 3)),
+        ("zero1", 1, (1, 0)),
+    ],
+)
+def test_sharding(text: str, data: int, wanted: tuple[int, int]) -> None:
+    one = row(tp="1", pp="1", n_gpus=str(data), zero_or_fsdp=text, sequence_parallel="0")
+    layout = layout_of(one, sizes_of(one))
+    assert (layout.data_shard, layout.zero_stage) == wanted
+    assert layout.devices == data
+    assert layout.global_batch == 16
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"gpu": "TPU v9"}, "no profile for tpu v9"),
+        ({"precision": "nvfp4"}, "precision nvfp4"),
+        ({"recompute": "5 of 16"}, "recompute 5 of 16"),
+        ({"n_experts": "8"}, "experts"),
+        ({"micro_batch": ""}, "micro_batch not published"),
+        ({"global_batch": "15"}, "global batch does not divide over dp * micro_batch"),
+        ({"n_gpus": "6"}, "tp * pp * cp does not divide n_gpus"),
+        ({"task": "lora"}, "LoRA"),
+    ],
+)
+def test_rows_that_cannot_be_used_say_why(cells: dict[str, str], reason: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        predict(row(**cells))
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "gigabits"),
+    [
+        ("8xNDR400 IB/node", 3200),
+        ("4xHDR200 IB/node (400Gb/s? see paper)", 800),
+        ("1600Gb/s RoCE/node", 1600),
+        ("Storage: 2x ConnectX-7 IB NDR 400Gb/s, Compute: 8x ConnectX-7 IB NDR 400Gb/s", 3200),
+        ("NVLink only", None),
+        ("Ethernet", None),
+        ("Management: 1x Ethernet 10GB/Sec", None),
+    ],
+)
+def test_network_text(text: str, gigabits: int | None) -> None:
+    found = node_bytes_per_second(text)
+    assert found == (None if gigabits is None else gigabits * 1e9 / 8)
+
+
+def test_equal_cuts() -> None:
+    assert equal_cuts(8, 1) == (0, 10)
+    assert equal_cuts(8, 4) == (0, 3, 5, 7, 10)
+    assert equal_cuts(126, 16) == tuple(range(0, 129, 8))  # embedding and head count as layers
+    assert equal_cuts(5, 2) in ((0, 3, 7), (0, 4, 7))
+
+
+def test_slower_choices_are_predicted_slower() -> None:
+    base = predict(row())
+    assert predict(row(recompute="full")).predicted_s > base.predicted_s
+    assert predict(row(recompute="full")).predicted_gib < base.predicted_gib
+    assert predict(row(attn_impl="unfused(te)")).predicted_s > 0
+    assert predict(row(gpu="A100-80GB-SXM")).predicted_s > base.predicted_s
+    assert predict(row(global_batch="32")).predicted_s > 1.5 * base.predicted_s
+
+
+def measured(**cells: str) -> dict[str, str]:
+    """Cells with a measured time of the predicted one times ``factor``."""
+    factor = float(cells.pop("factor"))
+    prediction = predict(row(**cells))
+    times = f"{prediction.predicted_s * factor!r}"
+    return cells | {"measured_iter_time_s": times}
+
+
+def test_statistics_are_those_of_the_errors(tmp_path: Path) -> None:
+    layouts = [{"tp": "1", "pp": "1"}, {"tp": "2", "pp": "1"}, {"tp": "4", "pp": "1"}, {}]
+    slower = ["1.0", "1.25", "2.0", "4.0"]
+    rows = [
+        measured(id=f"made-{i}", factor=factor, **cells)
+        for i, (cells, factor) in enumerate(zip(layouts, slower, strict=True))
+    ]
+    rows[1]["peak_mem_gib"] = repr(2 * predict(row(**layouts[1])).predicted_gib)
+    rows.append({"id": "made-4", "oom": "1"})
+    rows.append({"id": "made-5", "gpu": "unheard of", "oom": "1"})
+    rows.append(measured(id="made-6", factor="9", mfu="3"))
+    result = validate_files([write(tmp_path / "made.csv", rows)])["made"]
+    assert result.unused == {"no profile for unheard of": 1}
+    headline = summarise([p for p in result.predictions if p.row.headline])
+    assert headline.rows == 4
+    errors = [1 / float(factor) - 1 for factor in slower]
+    assert headline.bias == pytest.approx(sum(errors) / 4, rel=1e-12)
+    assert headline.mape == pytest.approx(-sum(errors) / 4, rel=1e-12)
+    assert headline.median_abs_error == pytest.approx(0.2, rel=1e-12)
+    assert headline.p90 == pytest.approx(0.75, rel=1e-12)
+    assert headline.memory_mape == pytest.approx(0.5, rel=1e-12)
+    assert headline.memory_under == 1
+    assert (headline.oom.ran, headline.oom.out, headline.oom.out_predicted_fit) == (4, 1, 1)
+
+
+def test_regret_and_rank_of_a_reversed_sweep(tmp_path: Path) -> None:
+    layouts = [{"tp": "1", "pp": "1"}, {"tp": "2", "pp": "1"}, {"tp": "4", "pp": "1"}, {}]
+    predicted = sorted((predict(row(**cells)).predicted_s, i) for i, cells in enumerate(layouts))
+    assert len({seconds for seconds, _ in predicted}) == 4
+    rows = [
+        layouts[i] | {"id": f"made-{i}", "measured_iter_time_s": str(4 - place)}
+        for place, (_, i) in enumerate(predicted)
+    ]
+    result = validate_files([write(tmp_path / "made.csv", rows)])["made"]
+    summary = summarise(result.predictions)
+    assert summary.spearman == pytest.approx(-1)
+    assert summary.regret_mean == summary.regret_p90 == pytest.approx(3)
+
+
+def test_files_weigh_the_same(tmp_path: Path) -> None:
+    right = measured(id="made-0", factor="1")
+    wrong = measured(id="made-1", factor="2")
+    results = validate_files(
+        [write(tmp_path / "a.csv", [right] * 9), write(tmp_path / "b.csv", [wrong])]
+    )
+    overall = as_json(results)["overall"]
+    assert isinstance(overall, dict)
+    assert overall["mape"] == pytest.approx(0.25)
+    assert set(overall) == {
+        *("rows", "bias", "median_abs_error", "mape", "p90", "spearman"),
+        *("regret_mean", "regret_p90", "memory_mape", "memory_under", "oom"),
+    }
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "made.csv", [measured(id="made-0", factor="1"), {"gpu": "none"}])
+    assert validate_main([str(path), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert [set(one) for one in written["rows"]] == [
+        {"id", "predicted_s", "measured_s", "predicted_gib", "measured_gib", "fits", "oom"}
+    ]
+    assert written["files"]["made"]["unused"] == {"nothing measured": 1}
+    assert validate_main([str(path)]) == 0
+    assert "| made | 1 | +0.0% |" in capsys.readouterr().out
+
+
+def test_wrong_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("id,seconds\n1,2\n")
+    assert validate_main([str(path)]) == 2
+    assert "lacks the columns gpu" in capsys.readouterr().err
+    assert validate_main([str(tmp_path / "missing.csv")]) == 2
+    with pytest.raises(InputError, match="seq_len of made-0 is 'many'"):
+        predict(row(seq_len="many"))
