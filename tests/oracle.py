@@ -27,7 +27,7 @@ def all_layouts(problem: Problem) -> Iterator[Layout]:
     layers = sum(graph.blocks[item.block].role == "layer" for item in graph.chain)
     blocks = len(graph.chain)
     for tensor, pipeline, shard in itertools.product(numbers, numbers, numbers):
-        if n % (tensor * pipeline * shard) or node % tensor or pipeline > blocks:
+        if n % (tensor * pipeline * shard) or node % tensor or pipeline > layers:
             continue
         if any(tensor not in block.variants for block in graph.blocks.values()):
             continue
@@ -40,7 +40,9 @@ def all_layouts(problem: Problem) -> Iterator[Layout]:
                 continue
             for virtual in range(1, blocks + 1):
                 chunks = pipeline * virtual
-                equal = blocks % chunks == 0 or (layers > 0 and layers % chunks == 0)
+                equal = (blocks % chunks == 0 and blocks > chunks) or layers % chunks == 0
+                if pipeline > 1 and each // size < pipeline:
+                    continue
                 if virtual > 1 and (pipeline == 1 or not equal or (each // size) % pipeline):
                     continue
                 for zero in (1, 2, 3) if shard > 1 else (0,):
@@ -109,13 +111,15 @@ def layout_best(problem: Problem, layout: Layout) -> float:
     m = layout.micro_batches
     if v > 1:
         layers = [i for i, k in enumerate(chain.shape.kind_at) if chain.shape.roles[k] == "layer"]
-        if length % (p * v) == 0:
+        if length % (p * v) == 0 and length > p * v:
             inner = list(range(0, length, length // (p * v)))[1:]
         else:
             inner = layers[:: len(layers) // (p * v)][1:]
         cuts_to_try = [tuple(inner)]
     else:
         cuts_to_try = list(itertools.combinations(range(1, length), p - 1))
+        if p > 1:  # every stage holds a layer: embedding and head do not stand alone
+            cuts_to_try = [c for c in cuts_to_try if c[0] > 1 and c[-1] < length - 1]
     memo: dict[object, tuple[float, float, float] | None] = {}
     best = math.inf
     for inner_cuts in cuts_to_try:

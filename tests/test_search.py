@@ -48,8 +48,9 @@ def random_problem(seed: int) -> Problem:
     problem = Problem(graph, cluster, device, workload, 80 * GIB)
     if rng.random() < 0.7:
         needed = least_needed_bytes(problem_with(problem, 1.0))
-        assert needed is not None
-        problem = problem_with(problem, needed * rng.choice([0.98, 1.02, 1.1, 1.3, 2.0]))
+        share = rng.choice([0.98, 1.02, 1.1, 1.3, 2.0])
+        if needed is not None:  # some batches divide over no layout at all
+            problem = problem_with(problem, needed * share)
     return problem
 
 
@@ -142,8 +143,11 @@ def test_more_of_anything_is_never_slower(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(600, 620))
 def test_twice_the_devices_with_twice_the_batch(seed: int) -> None:
-    """Never worse than half the throughput per device, as long as the links stay the same kind."""
-    problem = random_problem(seed)
+    """Never worse than half the throughput per device, on links of the same kind.
+
+    With room in memory: a limit met to the byte leaves none for another communicator.
+    """
+    problem = problem_with(random_problem(seed), 80 * GIB)
     devices = problem.cluster.devices
     one_node = make_cluster(problem.device, devices, devices_per_node=devices)
     problem = replace(problem, cluster=one_node, computes={})

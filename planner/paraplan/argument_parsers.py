@@ -22,6 +22,7 @@ other commands (each has its own --help):
   models     the models that have a name
   devices    the devices and clusters that have a profile
   schema     JSON Schema of the plan file
+  validate   how far predictions are from measured runs
 
 exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
 """
@@ -177,3 +178,15 @@ def devices_parser() -> Parser:
 def schema_parser() -> Parser:
     """Options of `plan schema`."""
     return _parser("schema", "Prints the JSON Schema of the plan file.")
+
+
+def validate_parser() -> Parser:
+    """Options of `plan validate`."""
+    from paraplan.validate import add_validate_arguments
+
+    parser = _parser(
+        "validate",
+        "Compares predictions with measured runs, one CSV row each (columns: docs/accuracy.md).",
+    )
+    add_validate_arguments(parser)
+    return parser

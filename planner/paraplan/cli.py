@@ -21,6 +21,7 @@ from paraplan.argument_parsers import (
     models_parser,
     plan_parser,
     schema_parser,
+    validate_parser,
 )
 from paraplan.errors import InputError, PlanError
 
@@ -58,6 +59,7 @@ def _run(arguments: list[str]) -> int:
         "models": (models_parser, _models),
         "devices": (devices_parser, _devices),
         "schema": (schema_parser, _schema),
+        "validate": (validate_parser, _validate),
     }
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
@@ -197,8 +199,7 @@ def _console() -> Console:
 
     console = Console()
     if not console.is_terminal:
-        # Piped output keeps its lines whole instead of wrapping at a width nobody has.
-        console = Console(width=100)
+        console = Console(width=80)  # piped output looks the same everywhere
     return console
 
 
@@ -294,6 +295,12 @@ def _schema(options: argparse.Namespace) -> int:
     return 0
 
 
+def _validate(options: argparse.Namespace) -> int:
+    from paraplan.validate import run_validate
+
+    return run_validate(options)
+
+
 def _print_completion(shell: str) -> int:
     import shtab
 
@@ -306,6 +313,7 @@ def _print_completion(shell: str) -> int:
         models_parser,
         devices_parser,
         schema_parser,
+        validate_parser,
     ):
         made = make()
         name = made.prog.split()[-1]

@@ -16,7 +16,13 @@ from pydantic import ValidationError
 
 from paraplan.errors import InputError
 from paraplan.graph import RECOMPUTE_MODES, ModelGraph, Recompute
-from paraplan.plan_file import Layout, Schedule, describe_validation_error
+from paraplan.plan_file import (
+    RUNTIME_CANNOT_SPLIT,
+    Layout,
+    Schedule,
+    describe_validation_error,
+    too_few_micro_batches,
+)
 
 FIXABLE = (*Layout.model_fields, "recompute")
 """The keys that ``--fix`` takes."""
@@ -57,12 +63,17 @@ class Space:
 
     @cached_property
     def blocks(self) -> int:
-        """Chain items, the most stages that a pipeline can have."""
+        """Chain items."""
         return len(self.graph.chain)
 
     @cached_property
+    def plain(self) -> bool:
+        """Whether one run of layers stands between embedding and head."""
+        return all(block.role != "bridge" for block in self.graph.blocks.values())
+
+    @cached_property
     def layers(self) -> int:
-        """Repeated layers among them."""
+        """Repeated layers among them, the most stages that a pipeline can have."""
         graph = self.graph
         return sum(graph.blocks[item.block].role == "layer" for item in graph.chain)
 
@@ -142,6 +153,10 @@ def _mesh_reason(space: Space, tensor: int, context: int, expert: int, pipeline:
         return f"tensor({tensor}) groups do not tile nodes of {space.devices_per_node} devices"
     if tensor in graph.tensor_limits:
         return graph.tensor_limits[tensor]
+    split = (("tensor", tensor), ("pipeline", pipeline))
+    for name in (name for name, degree in split if degree > 1):
+        if name in RUNTIME_CANNOT_SPLIT.get(graph.architecture, ()):
+            return f"the runtime cannot apply {name} parallelism to {graph.architecture} yet"
     if tensor > 1 and any(tensor not in block.variants for block in graph.blocks.values()):
         return f"tensor({tensor}) was not traced for {graph.name}"
     if space.graph.sequence_length % (2 * context) and context > 1:
@@ -150,8 +165,8 @@ def _mesh_reason(space: Space, tensor: int, context: int, expert: int, pipeline:
         return f"{graph.experts} experts do not divide over expert({expert})"
     if pipeline > 1 and graph.pipeline_limit:
         return graph.pipeline_limit
-    if pipeline > space.blocks:
-        return f"pipeline({pipeline}) has more stages than the chain has blocks ({space.blocks})"
+    if pipeline > max(1, space.layers):
+        return f"pipeline({pipeline}) has more stages than the model has layers ({space.layers})"
     return None
 
 
@@ -164,6 +179,8 @@ def _data_reason(space: Space, data_ranks: int) -> str | None:
 def _schedule_reason(
     space: Space, pipeline: int, virtual_stages: int, micro_batches: int
 ) -> str | None:
+    if pipeline > 1 and micro_batches < pipeline:
+        return too_few_micro_batches(pipeline)
     if virtual_stages == 1:
         return None
     if interleaved_chunks(space.graph, pipeline * virtual_stages) is None:
@@ -182,15 +199,18 @@ def interleaved_chunks(graph: ModelGraph, chunks: int) -> tuple[int, ...] | None
     """Where equal chunks of the chain begin, or None if it does not divide.
 
     Either every block of the chain counts (as Llama 3 counted embedding and head as a layer
-    each), or the repeated layers alone do, embedding and head joining the end chunks.
+    each), or the repeated layers alone do, embedding and head joining the end chunks. Every
+    chunk holds a layer.
     """
-    length = len(graph.chain)
-    if length % chunks == 0:
-        return tuple(range(0, length, length // chunks))
-    layers = [i for i, item in enumerate(graph.chain) if graph.blocks[item.block].role == "layer"]
+    roles = [graph.blocks[item.block].role for item in graph.chain]
+    layers = [i for i, role in enumerate(roles) if role == "layer"]
+    size = len(roles) // chunks
+    if len(roles) % chunks == 0 and size > 1 and "bridge" not in roles:
+        return tuple(range(0, len(roles), size))
     if not layers or len(layers) % chunks:
         return None
-    return (0, *layers[:: len(layers) // chunks][1:])
+    begins = layers[:: len(layers) // chunks][1:]
+    return (0, *(i - 1 if roles[i - 1] == "bridge" else i for i in begins))
 
 
 @dataclass(frozen=True)
@@ -265,7 +285,9 @@ def _schedules(
     excluded: Counter[str],
 ) -> Iterator[tuple[int, int, Schedule, int]]:
     """Micro-batch size and number, schedule and virtual stages that go with a mesh."""
-    virtuals = _virtual_stage_counts(space.blocks, space.layers, mesh.pipeline)
+    virtuals = _virtual_stage_counts(
+        space.blocks, space.layers, space.plain, mesh.pipeline
+    )
     for size in divisors(per_rank):
         count = per_rank // size
         if not (permits("micro_batch_size", size) and permits("micro_batches", count)):
@@ -273,6 +295,9 @@ def _schedules(
         if mesh.pipeline == 1:
             if permits("schedule", "none") and permits("virtual_stages", 1):
                 yield size, count, "none", 1
+            continue
+        if count < mesh.pipeline:
+            excluded[too_few_micro_batches(mesh.pipeline)] += 1
             continue
         if permits("schedule", "1f1b") and permits("virtual_stages", 1):
             yield size, count, "1f1b", 1
@@ -288,13 +313,16 @@ def _schedules(
 
 
 @cache
-def _virtual_stage_counts(blocks: int, layers: int, pipeline: int) -> tuple[int, ...]:
+def _virtual_stage_counts(
+    blocks: int, layers: int, plain: bool, pipeline: int
+) -> tuple[int, ...]:
     """The virtual-stage counts whose chunks are equal (the rule of `interleaved_chunks`)."""
-    counts = range(2, blocks // pipeline + 1)
+    counts = range(2, layers // pipeline + 1)
     return tuple(
         v
         for v in counts
-        if blocks % (pipeline * v) == 0 or (layers and layers % (pipeline * v) == 0)
+        if (plain and blocks % (pipeline * v) == 0 and blocks > pipeline * v)
+        or layers % (pipeline * v) == 0
     )
 
 

@@ -147,23 +147,24 @@ def _bottleneck(chain: ChainCost, cuts: Cuts) -> float:
 
 def _reach(chain: ChainCost, bottleneck: float) -> Cuts | None:
     """Cuts with every stage within ``bottleneck`` seconds and its memory, or None."""
-    p, length = chain.layout.pipeline, len(chain.shape.kind_at)
-    cuts = [0]
+    p, places = chain.layout.pipeline, chain.shape.places
+    at = [0]
     for rank in range(p):
-        first = cuts[-1]
-        most = length - (p - rank - 1)  # leave a block for each later rank
-        end = _furthest(chain, rank, first, most, bottleneck)
+        most = len(places) - 1 - (p - rank - 1)  # leave a place for each later rank
+        end = _furthest(chain, rank, at[-1], most, bottleneck)
         if end is None:
             return None
-        cuts.append(end)
-    return tuple(cuts) if cuts[-1] == length else None
+        at.append(end)
+    return tuple(places[i] for i in at) if at[-1] == len(places) - 1 else None
 
 
 def _furthest(chain: ChainCost, rank: int, first: int, most: int, bottleneck: float) -> int | None:
+    """The last place that a stage from place ``first`` on reaches (indices into the places)."""
+    places = chain.shape.places
     low, high = first, most
     while low < high:
         middle = (low + high + 1) // 2
-        cost = stage_cost(chain, rank, ((first, middle),))
+        cost = stage_cost(chain, rank, ((places[first], places[middle]),))
         if cost is not None and cost.core_seconds <= bottleneck:
             low = middle
         else:
@@ -174,13 +175,14 @@ def _furthest(chain: ChainCost, rank: int, first: int, most: int, bottleneck: fl
 def improve(chain: ChainCost, start: Cuts) -> Staged | None:
     """Move single cuts while that makes the step faster."""
     best = staged(chain, start)
+    places = chain.shape.places
     improved = best is not None
     while improved and best is not None:
         improved = False
         for cut in range(1, len(best.cuts) - 1):
             for step in (-1, 1):
                 moved = [*best.cuts]
-                moved[cut] += step
+                moved[cut] = places[places.index(moved[cut]) + step]
                 if not moved[cut - 1] < moved[cut] < moved[cut + 1]:
                     continue
                 found = staged(chain, tuple(moved))
@@ -224,11 +226,12 @@ def columns(chain: ChainCost, limit_seconds: float) -> list[Column]:
 def _columns_from(
     chain: ChainCost, rank: int, first: int, least_end: int, longest: float
 ) -> Iterator[Column]:
-    plain = chain.plain_seconds
+    plain, places = chain.plain_seconds, chain.shape.places
     p, length = chain.layout.pipeline, len(plain) - 1
     last_rank = rank == p - 1
     least_end = length if last_rank else max(first + 1, least_end)
-    for end in range(least_end, length - (p - rank - 1) + 1):
+    most = len(places) - (p - rank - 1)  # leave a place for each later rank
+    for end in places[bisect_left(places, least_end) : most]:
         if plain[end] - plain[first] > longest:
             return
         cost = stage_cost(chain, rank, ((first, end),))

@@ -362,11 +362,24 @@ class Plan(_Frozen):
         return self
 
 
+# What the runtime cannot apply yet: the one list that planner and runtime both read. Everything
+# else in `Layout` is applied.
 RUNTIME_CANNOT_APPLY_YET = ("context", "expert")
-"""Layout fields that the runtime refuses above 1; the planner searches them only on request.
+"""Layout fields that the runtime refuses above 1; the planner searches them only on request."""
 
-This is the one list of what runtime and planner agree on; everything else in `Layout` is applied.
-"""
+RUNTIME_CANNOT_SPLIT: dict[str, tuple[str, ...]] = {
+    "BertForMaskedLM": ("tensor", "pipeline"),
+    "ViTForImageClassification": ("tensor", "pipeline"),
+    "T5ForConditionalGeneration": ("tensor", "pipeline"),
+    "Phi3ForCausalLM": ("tensor",),
+}
+"""Architecture -> axes along which the runtime does not split it: it has no tensor-parallel plan
+that the runtime reads, or its stages were not shown to train like the whole model."""
+
+
+def too_few_micro_batches(pipeline: int) -> str:
+    """Why torch's 1F1B schedules refuse fewer micro-batches than stages."""
+    return f"1F1B wants at least as many micro_batches as stages, pipeline({pipeline})"
 
 
 def unsupported_fields(layout: Layout) -> tuple[str, ...]:

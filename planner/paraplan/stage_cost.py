@@ -44,6 +44,8 @@ class ChainShape:
         roles: role of each kind.
         counts_before: for each kind, how many stand before each position.
         cuts: bytes that cross the cut in front of each position.
+        places: positions at which stages may begin or end: every stage holds a layer, which the
+            runtime asks for, and a bridge stays with what follows it.
     """
 
     kinds: tuple[str, ...]
@@ -51,6 +53,7 @@ class ChainShape:
     roles: tuple[str, ...]
     counts_before: tuple[tuple[int, ...], ...]
     cuts: tuple[Amount, ...]
+    places: tuple[int, ...]
 
 
 def chain_shape(graph: ModelGraph) -> ChainShape:
@@ -65,7 +68,14 @@ def chain_shape(graph: ModelGraph) -> ChainShape:
             running.append(running[-1] + (here == kind))
         counts.append(tuple(running))
     roles = tuple(graph.blocks[kind].role for kind in kinds)
-    return ChainShape(kinds, kind_at, roles, tuple(counts), cut_amounts(graph))
+    layers = [i for i, kind in enumerate(kind_at) if roles[kind] == "layer"]
+    inner = (
+        i
+        for i in range(1, len(kind_at))
+        if layers and layers[0] < i <= layers[-1] and roles[kind_at[i - 1]] != "bridge"
+    )
+    places = (0, *inner, len(kind_at))
+    return ChainShape(kinds, kind_at, roles, tuple(counts), cut_amounts(graph), places)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Profiles of devices and clusters, as data files; see profiles/README.md."""
