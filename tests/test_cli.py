@@ -154,9 +154,16 @@ BAD = [
     (["estimate", "--model", "tiny", "--gpus", "1", "--fix", "zero_stage=3"], "zero_stage(3)"),
     (
         ["--model", "tiny", "--gpus", "8", "--global-batch", "6", "--fix", "data_shard=8"],
-        "global batch 6 does not divide over 8 data ranks",
+        "global batch 6 is not a multiple of data_shard(8)",
     ),
-    (["--model", "tiny", "--gpus", "8", "--fix", "tensor=3"], "no layout of tiny"),
+    (["--model", "tiny", "--gpus", "8", "--fix", "tensor=3"], "tensor(3) = 3 does not go into 8"),
+    (
+        ["--model", "tiny", "--gpus", "8", "--fix", "micro_batch_size=3"],
+        "no multiple of the pinned 3",
+    ),
+    (["--model", "tiny", "--gpus", "8", "--fix", "data_shard=8,zero_stage=0"], "0 exactly for 1"),
+    (["--model", "tiny", "--gpus", "8", "--fix", "schedule=none,pipeline=2"], "schedule none"),
+    (["--model", "tiny", "--gpus", "8", "--seq-len", "0"], "sequence length is 0"),
     (["explain", "missing.json"], "missing.json"),
     (["explain", "tiny/config.json"], "format is None"),
     (["diff", "missing.json", "missing.json"], "missing.json"),
@@ -187,6 +194,19 @@ def test_explain_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert "at best" in out and "what costs most: tensor parallel exchange" in out
     code, out, _ = run(*ask, "tensor=8", capsys=capsys)
     assert code == 0 and "no layout of tiny on 4 devices is possible" in out
+    code, _, err = run("explain", "p.json", "--why-not", "tensor=4", capsys=capsys)
+    assert code == 0, "the folder stands where the plan's name says"
+
+
+def test_why_not_uses_the_cluster_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    question = ["--model", "tiny", "--cluster", "gcp-a3-high", "--gpus", "16", "-q", "-o", "g.json"]
+    assert run(*question, capsys=capsys)[0] == 0
+    plan = load_plan("g.json")
+    ask = ["explain", "g.json", "--model", "tiny", "--why-not", "pipeline=2"]
+    code, out, err = run(*ask, capsys=capsys)
+    assert code == 0, err
+    found = re.search(r"([+-][\d.]+) % against", out)
+    assert found and float(found[1]) >= 0, f"nothing beats {plan.prediction.step_seconds}: {out}"
 
 
 def test_diff(capsys: pytest.CaptureFixture[str]) -> None:

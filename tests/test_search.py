@@ -141,6 +141,25 @@ def test_more_of_anything_is_never_slower(seed: int) -> None:
         assert after <= before * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("seed", range(540, 560))
+def test_faster_links_with_pinned_sharding(seed: int) -> None:
+    """Where latency and contention weigh most: ZeRO-3 across many small nodes."""
+    problem = problem_with(random_problem(seed), 80 * GIB)
+    shards = problem.cluster.devices
+    if problem.workload.global_batch % shards:
+        return
+    one_each = make_cluster(problem.device, shards, devices_per_node=1)
+    pinned = Constraints(fixed={"data_shard": shards, "zero_stage": 3})
+    problem = replace(problem, cluster=one_each, constraints=pinned, computes={})
+    last = math.inf
+    for factor in (0.01, 0.1, 1, 2, 4, 8, 100):
+        cluster = one_each.with_link_between_scaled(factor)
+        found = search(replace(problem, cluster=cluster, computes={}), runner_ups=0)
+        assert found is not None
+        assert found.best.staged.step_seconds <= last * (1 + 1e-9)
+        last = found.best.staged.step_seconds
+
+
 @pytest.mark.parametrize("seed", range(600, 620))
 def test_twice_the_devices_with_twice_the_batch(seed: int) -> None:
     """Never worse than half the throughput per device, on links of the same kind.

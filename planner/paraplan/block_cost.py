@@ -13,8 +13,9 @@ from typing import NamedTuple
 from paraplan.cluster import Cluster
 from paraplan.collectives import (
     Group,
+    Kind,
     collective_seconds,
-    overlap_contention,
+    contention_seconds,
     transfer_seconds,
 )
 from paraplan.device import Device
@@ -285,7 +286,7 @@ class Traffic(NamedTuple):
     Attributes:
         seconds: they take.
         taken: seconds by which they lengthen the computation beside them (they hold
-            multiprocessors and memory bandwidth: `collectives.overlap_contention`).
+            multiprocessors and memory bandwidth: `collectives.contention_seconds`).
     """
 
     seconds: float = 0.0
@@ -398,13 +399,13 @@ def _data_traffic(
         shard = peers(max(1, layout.data_shard // spread), stride, cluster.devices_per_node)
         copies = layout.data_ranks * layout.context // spread // shard.size
         replicate = peers(max(1, copies), stride * shard.size, cluster.devices_per_node)
-    gather = collective_seconds("all_gather", numerics.compute * parameters, shard, cluster)
-    scatter = collective_seconds("reduce_scatter", REDUCE_BYTES * parameters, shard, cluster)
-    share = REDUCE_BYTES * parameters / shard.size
-    reduce = collective_seconds("all_reduce", share, replicate, cluster)
-    inside, across = overlap_contention(shard, cluster), overlap_contention(replicate, cluster)
     return (
-        Traffic(gather, inside * gather),
-        Traffic(scatter, inside * scatter),
-        Traffic(reduce, across * reduce),
+        _traffic("all_gather", numerics.compute * parameters, shard, cluster),
+        _traffic("reduce_scatter", REDUCE_BYTES * parameters, shard, cluster),
+        _traffic("all_reduce", REDUCE_BYTES * parameters / shard.size, replicate, cluster),
     )
+
+
+def _traffic(kind: Kind, message_bytes: float, group: Group, cluster: Cluster) -> Traffic:
+    seconds = collective_seconds(kind, message_bytes, group, cluster)
+    return Traffic(seconds, contention_seconds(kind, message_bytes, group, cluster, seconds))

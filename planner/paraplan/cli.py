@@ -110,10 +110,10 @@ def _request(options: argparse.Namespace) -> Request:
 def _gib(text: str | None) -> float | None:
     if text is None:
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G)?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G)?\s*", text, re.IGNORECASE)
     if not match:
         raise InputError(f"--memory-limit is {text!r}; a number of GiB is wanted, such as 40")
-    return float(match[1]) * (1e9 / 2**30 if match[2] == "GB" else 1.0)
+    return float(match[1]) * (1e9 / 2**30 if (match[2] or "").upper() == "GB" else 1.0)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -159,6 +159,8 @@ def _deliver(plan: Plan, target: str | None, options: argparse.Namespace) -> int
     from paraplan.plan_file import plan_to_json, save_plan
 
     note = None
+    if target == "":
+        raise InputError("--output is empty; a file name or - is wanted")
     if target not in (None, "-"):
         note = _replaced(plan, str(target))
         save_plan(plan, str(target))

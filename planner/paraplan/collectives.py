@@ -125,3 +125,25 @@ def overlap_contention(group: Group, cluster: Cluster) -> float:
     floor = min(full, device.overlap_contention_floor.value)
     rate = per_node * cluster.link_between.speeds.ring / cluster.link_inside.speeds.ring
     return floor + (full - floor) * min(1.0, rate)
+
+
+def contention_seconds(
+    kind: Kind, message_bytes: float, group: Group, cluster: Cluster, seconds: float
+) -> float:
+    """Seconds by which a collective lengthens the computation that runs beside it.
+
+    `overlap_contention` times the collective's ``seconds``; across nodes its part that grows with
+    the rate counts only while bytes move, so that a faster network, which moves them in less time
+    at a higher rate, takes no more away in all.
+    """
+    size, per_node = group
+    if size <= 1:
+        return 0.0
+    device = cluster.device
+    full = device.overlap_contention.value
+    if per_node >= size:
+        return full * seconds
+    floor = min(full, device.overlap_contention_floor.value)
+    passes = 2 if kind == "all_reduce" else 1
+    moved = passes * message_bytes * (size - 1) / size
+    return floor * seconds + (full - floor) * moved / cluster.link_inside.speeds.ring

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from paraplan.errors import ImpossibleError, InfeasibleError, InputError
+from paraplan.models import resolve_model
 from paraplan.plan_file import Plan
 from paraplan.planning import Request, make_constraints, plan_request
 from paraplan.report import (
@@ -49,12 +50,19 @@ def request_of(plan: Plan, *, model: str | None = None, cluster: str | None = No
     Args:
         model, cluster: where to find them, if the recorded name does not say it.
     """
+    from paraplan.cluster import Cluster, cluster_names, load_cluster
+
+    named: str | Cluster | None = cluster
+    if cluster is None and plan.cluster.name in cluster_names():
+        usual = load_cluster(plan.cluster.name)
+        if usual.device.name == plan.cluster.device:
+            named = usual.resized(plan.cluster.devices, plan.cluster.devices_per_node)
     return Request(
         model=model or plan.model.name,
-        gpus=plan.cluster.devices,
-        device=None if cluster else plan.cluster.device,
-        gpus_per_node=None if cluster else plan.cluster.devices_per_node,
-        cluster=cluster,
+        gpus=plan.cluster.devices if named is None or cluster else None,
+        device=plan.cluster.device if named is None else None,
+        gpus_per_node=plan.cluster.devices_per_node if named is None else None,
+        cluster=named,
         global_batch=plan.workload.global_batch,
         seq_len=plan.workload.sequence_length,
         precision=plan.workload.precision,
@@ -78,6 +86,13 @@ def why_not(plan: Plan, request: Request, fix: Mapping[str, Any]) -> list[str]:
         "recompute" not in fix or _all_recompute(plan, constraints.recompute[0])
     ):
         return [f"{wanted}: that is the plan"]
+    try:
+        resolve_model(request.model)
+    except InputError:
+        raise InputError(
+            f"the plan was made for {request.model!r}, which is no model that can be named",
+            hint="say where it is with --model",
+        ) from None
     try:
         other = plan_request(_with_fix(request, fix))
     except ImpossibleError as error:
@@ -106,11 +121,15 @@ def _check_same(plan: Plan, other: Plan) -> None:
             f"the plan was made for another {plan.model.name!r} than the one found here",
             hint="name the model's directory with --model",
         )
-    if plan.cluster.device_sha256 != other.cluster.device_sha256:
-        raise InputError(
-            f"the profile of {plan.cluster.device!r} has changed since the plan was made",
-            hint="make the plan again, or name its cluster file with --cluster",
-        )
+    for what, before, after in (
+        (plan.cluster.device, plan.cluster.device_sha256, other.cluster.device_sha256),
+        (plan.cluster.name, plan.cluster.cluster_sha256, other.cluster.cluster_sha256),
+    ):
+        if before != after:
+            raise InputError(
+                f"the profile of {what!r} is not the one that the plan was made with",
+                hint="name its file with --cluster, or make the plan again",
+            )
 
 
 def _compare(plan: Plan, other: Plan, wanted: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from math import prod
 from typing import Any
 
 from pydantic import ValidationError
@@ -145,6 +146,45 @@ def check_layout(space: Space, layout: Layout) -> str | None:
         or _data_reason(space, layout.data_ranks)
         or _schedule_reason(space, layout.pipeline, layout.virtual_stages, layout.micro_batches)
     )
+
+
+def pin_reason(space: Space, constraints: Constraints) -> str | None:
+    """Why what the user pinned cannot be, whatever else is chosen; None if no rule says so."""
+    fixed = constraints.fixed
+    axes = ("data_replicate", "data_shard", "context", "tensor", "pipeline")
+    pinned = {name: fixed[name] for name in axes if name in fixed}
+    words = " * ".join(f"{name}({value})" for name, value in pinned.items())
+    product = prod(pinned.values())
+    if space.devices % product or (len(pinned) == len(axes) and product != space.devices):
+        return f"{words} = {product} does not go into {space.devices} devices"
+    tensor, pipeline = fixed.get("tensor", 1), fixed.get("pipeline", 1)
+    reason = _mesh_reason(space, tensor, fixed.get("context", 1), fixed.get("expert", 1), pipeline)
+    if reason:
+        return reason
+    sharing = ("data_replicate", "data_shard", "micro_batch_size", "micro_batches")
+    batch = {name: fixed[name] for name in sharing if name in fixed}
+    if space.global_batch % prod(batch.values()):
+        words = " * ".join(f"{name}({value})" for name, value in batch.items())
+        return f"global batch {space.global_batch} is not a multiple of {words}"
+    return _pinned_choices_reason(space, fixed)
+
+
+def _pinned_choices_reason(space: Space, fixed: Mapping[str, Any]) -> str | None:
+    if "zero_stage" in fixed and "data_shard" in fixed:
+        zero, shard = fixed["zero_stage"], fixed["data_shard"]
+        if (shard > 1) != (zero > 0):
+            return f"zero_stage({zero}) does not go with data_shard({shard}): 0 exactly for 1"
+    schedule, pipeline = fixed.get("schedule"), fixed.get("pipeline")
+    if schedule and pipeline and (schedule == "none") != (pipeline == 1):
+        return f"schedule {schedule} does not go with pipeline({pipeline})"
+    virtual = fixed.get("virtual_stages", 1)
+    if virtual > 1 and pipeline and interleaved_chunks(space.graph, pipeline * virtual) is None:
+        return _schedule_reason(space, pipeline, virtual, pipeline)
+    if virtual > 1 and 2 * virtual > space.layers:
+        return f"virtual_stages({virtual}) exceeds the layers of two stages ({space.layers})"
+    if fixed.get("sequence_parallel") and fixed.get("tensor") == 1:
+        return "sequence_parallel needs tensor above 1"
+    return None
 
 
 def _mesh_reason(space: Space, tensor: int, context: int, expert: int, pipeline: int) -> str | None:
@@ -285,9 +325,7 @@ def _schedules(
     excluded: Counter[str],
 ) -> Iterator[tuple[int, int, Schedule, int]]:
     """Micro-batch size and number, schedule and virtual stages that go with a mesh."""
-    virtuals = _virtual_stage_counts(
-        space.blocks, space.layers, space.plain, mesh.pipeline
-    )
+    virtuals = _virtual_stage_counts(space.blocks, space.layers, space.plain, mesh.pipeline)
     for size in divisors(per_rank):
         count = per_rank // size
         if not (permits("micro_batch_size", size) and permits("micro_batches", count)):
@@ -313,9 +351,7 @@ def _schedules(
 
 
 @cache
-def _virtual_stage_counts(
-    blocks: int, layers: int, plain: bool, pipeline: int
-) -> tuple[int, ...]:
+def _virtual_stage_counts(blocks: int, layers: int, plain: bool, pipeline: int) -> tuple[int, ...]:
     """The virtual-stage counts whose chunks are equal (the rule of `interleaved_chunks`)."""
     counts = range(2, layers // pipeline + 1)
     return tuple(

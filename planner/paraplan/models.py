@@ -196,6 +196,8 @@ _SIZES = re.compile(
     r"|d_model|d_ff|d_kv|patch_size|image_size)"
 )
 _MAY_BE_ZERO = re.compile(r"num_nextn_predict_layers|num_hash_layers")
+_COUNTS = re.compile(r"num_.*layers|n_layer")
+_MOST_LAYERS = 10_000  # the deepest published models have some hundreds; each one is built
 _LARGEST_SIZE = 2**31  # no published model has a dimension near it; torch overflows past 2**63
 
 
@@ -210,9 +212,12 @@ def _check_numbers(config: Mapping[str, Any], origin: str) -> None:
             continue
         whole = isinstance(value, int) and not isinstance(value, bool)
         least = 0 if _MAY_BE_ZERO.fullmatch(key) else 1
-        if not whole or not least <= value <= _LARGEST_SIZE:
+        most = _MOST_LAYERS if _COUNTS.fullmatch(key) else _LARGEST_SIZE
+        if not whole or not least <= value <= most:
             shown = json.dumps(value)[:40]
-            raise InputError(f"{origin}: {key} is {shown}; must be a whole number from {least} on")
+            raise InputError(
+                f"{origin}: {key} is {shown}; must be a whole number from {least} to {most}"
+            )
 
 
 def _patches(config: Mapping[str, Any]) -> int | None:

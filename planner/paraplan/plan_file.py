@@ -26,8 +26,10 @@ Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["none", "1f1b", "interleaved-1f1b"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Degree = Annotated[int, Field(ge=1, le=2**24)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Bytes = Annotated[int, Field(ge=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class _Frozen(BaseModel):
@@ -217,9 +219,9 @@ class TimeBasis(_Frozen):
         modelled: roofline with the profile's efficiencies.
     """
 
-    measured: float
-    interpolated: float
-    modelled: float
+    measured: Share
+    interpolated: Share
+    modelled: Share
 
 
 class Prediction(_Frozen):
@@ -241,6 +243,18 @@ class Prediction(_Frozen):
     fits: bool
     breakdown: Breakdown
     basis: TimeBasis
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        # Floats are written with nine digits, so sums of a dozen agree to about 1e-8.
+        if abs(self.breakdown.total - self.step_seconds) > 1e-6 * self.step_seconds:
+            raise ValueError(
+                f"breakdown adds up to {self.breakdown.total:.9g}, step_seconds is "
+                f"{self.step_seconds:.9g}"
+            )
+        if self.fits != (self.peak_memory_bytes <= self.capacity_bytes):
+            raise ValueError("fits contradicts peak_memory_bytes and capacity_bytes")
+        return self
 
 
 class Proof(_Frozen):
@@ -265,11 +279,11 @@ class Proof(_Frozen):
     status: Literal["optimal", "feasible", "estimated"]
     bound_seconds: Seconds
     gap: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    layouts_considered: int
-    layouts_bounded: int
-    layouts_infeasible: int
-    layouts_solved: int
-    excluded: dict[str, int]
+    layouts_considered: Count
+    layouts_bounded: Count
+    layouts_infeasible: Count
+    layouts_solved: Count
+    excluded: dict[str, Count]
     solver: str
     seconds: Seconds
 
@@ -357,6 +371,12 @@ class Plan(_Frozen):
         paths = [path for stage in self.stages for path in stage.modules]
         if len(set(paths)) != len(paths):
             raise ValueError("a module path stands in two stages")
+        fullest = max(stage.memory_bytes for stage in self.stages)
+        if fullest != self.prediction.peak_memory_bytes:
+            raise ValueError(
+                f"peak_memory_bytes is {self.prediction.peak_memory_bytes}, the fullest stage "
+                f"has {fullest}"
+            )
         if tuple(self.mesh) != mesh_axes(layout):
             raise ValueError("mesh does not follow from layout")
         return self
@@ -426,7 +446,13 @@ def plan_from_json(text: str | bytes, *, name: str = "plan") -> Plan:
         raise InputError(f"{name}: not JSON: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"{name}: not a plan: a JSON object is expected")
-    data.pop("$schema", None)
+    if not isinstance(data.pop("$schema", SCHEMA_ID), str):
+        raise InputError(f"{name}: $schema is not a string")
+    layout = data.get("layout")
+    if isinstance(layout, dict):
+        for field in Layout.model_fields:
+            if field not in layout:
+                raise InputError(f"{name}: layout.{field} is missing")
     version = data.get("format")
     if version != FORMAT or isinstance(version, bool):
         raise InputError(

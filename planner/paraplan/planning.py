@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args
 
 from paraplan.cluster import Cluster, load_cluster, make_cluster
@@ -25,6 +26,7 @@ from paraplan.layouts import (
     check_layout,
     enumerate_families,
     layout_from_fixed,
+    pin_reason,
     tensor_degrees,
 )
 from paraplan.models import resolve_model
@@ -118,7 +120,23 @@ def _request(model: str, options: Mapping[str, Any]) -> Request:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
             raise InputError(f"unknown option {name!r}", hint=hint)
-    return Request(model=model, **options)
+    if not isinstance(model, str):
+        raise InputError(f"model is {model!r}; a name or a path is wanted")
+    checked = dict(options)
+    if isinstance(checked.get("fix"), str):
+        checked["fix"] = parse_fix(checked["fix"])
+    if isinstance(checked.get("allow"), str):
+        checked["allow"] = tuple(filter(None, checked["allow"].split(",")))
+    if not isinstance(checked.get("fix", {}), Mapping):
+        raise InputError(f"fix is {checked['fix']!r}; a mapping or 'key=value,...' is wanted")
+    for name, kinds in (("device", str), ("cluster", (str, Path, Cluster))):
+        value = checked.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise InputError(f"{name} is {value!r}; a name or a path is wanted")
+    limit = checked.get("time_limit_seconds", 1.0)
+    if not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        raise InputError(f"time_limit_seconds is {limit!r}; a positive number is wanted")
+    return Request(model=model, **checked)
 
 
 def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
@@ -126,6 +144,13 @@ def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
     if isinstance(request.top, bool) or not isinstance(request.top, int) or request.top < 1:
         raise InputError(f"top is {request.top!r}; a whole number from 1 on is wanted")
     problem, notes = make_problem(request, report=report)
+    reason = pin_reason(problem.space, problem.constraints)
+    if reason:
+        raise ImpossibleError(
+            f"no layout of {problem.graph.name} on {problem.cluster.devices} devices is possible: "
+            f"{reason}",
+            hint="leave out some of --fix, or change --gpus or --global-batch",
+        )
     found = search(
         problem,
         runner_ups=request.top - 1,
@@ -165,9 +190,6 @@ def make_problem(request: Request, *, report: Reporter = _silent) -> tuple[Probl
             source.max_sequence_length or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH
         )
         notes.append(f"sequence length {length} (not given)")
-    if request.global_batch is None:
-        batch = default_global_batch(length, cluster.devices) if length > 0 else 1
-        notes.append(f"global batch {batch} (not given)")
     workload = make_workload(
         sequence_length=length,
         devices=cluster.devices,
@@ -175,6 +197,10 @@ def make_problem(request: Request, *, report: Reporter = _silent) -> tuple[Probl
         precision=request.precision,
         optimizer=request.optimizer,
     )
+    if request.global_batch is None:
+        notes.append(f"global batch {workload.global_batch} (not given)")
+    if source.max_sequence_length and length > source.max_sequence_length:
+        notes.append(f"sequences longer than the config's {source.max_sequence_length} positions")
     report(f"tracing {source.name}, or reading its cached trace")
     graph = model_graph(
         source,
@@ -208,7 +234,7 @@ def make_constraints(fix: Mapping[str, Any], allow: tuple[str, ...]) -> Constrai
     fixed = {}
     for name, value in fix.items():
         if name not in FIXABLE:
-            close = get_close_matches(name, FIXABLE, n=1)
+            close = get_close_matches(str(name), FIXABLE, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(FIXABLE)}"
             raise InputError(f"--fix knows no {name!r}", hint=hint)
         checked = _fixed_value(name, value)
@@ -309,9 +335,10 @@ def _infeasible(problem: Problem, request: Request) -> PlanError:
     more = _enough_devices(problem, request)
     helps = []
     if more:
-        helps.append(f"it fits from {more} devices on")
-    helps.append(f"or with devices of {needed / GIB:.0f} GiB")
-    return InfeasibleError(message, hint=", ".join(helps))
+        helps.append(f"from {more} devices on")
+    usable = MEMORY_FRACTION if request.memory_limit_gib is None else 1.0
+    helps.append(f"with devices of {math.ceil(needed / usable / GIB)} GiB")
+    return InfeasibleError(message, hint="it fits " + ", or ".join(helps))
 
 
 def _enough_devices(problem: Problem, request: Request) -> int | None:

@@ -21,6 +21,7 @@ Basis = Literal["measured", "published", "datasheet", "modelled"]
 """measured: by us, on the device; published: measured and published by others;
 datasheet: the maker's figure; modelled: derived or assumed, the source says from what."""
 
+SMALLEST = 1e-15  # a rate or a latency below it would make products of figures overflow
 LARGEST = 1e30  # no quantity of a profile comes near; keeps products of figures finite
 
 
@@ -43,13 +44,13 @@ class Figure(Frozen):
 
 
 def _positive(figure: Figure) -> Figure:
-    if figure.value <= 0:
-        raise ValueError(f"value is {figure.value:g}; it must be above 0")
+    if figure.value < SMALLEST:
+        raise ValueError(f"value is {figure.value:g}; it must be above {SMALLEST:g}")
     return figure
 
 
 def _fraction(figure: Figure) -> Figure:
-    if not 0 < figure.value <= 1:
+    if not SMALLEST <= figure.value <= 1:
         raise ValueError(f"value is {figure.value:g}; a fraction above 0 and at most 1 is wanted")
     return figure
 

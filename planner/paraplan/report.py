@@ -43,7 +43,8 @@ def layout_words(layout: Layout) -> str:
     if layout.pipeline > 1:
         virtual = f" x {layout.virtual_stages} virtual" if layout.virtual_stages > 1 else ""
         parts.append(f"pipeline {layout.pipeline}{virtual}")
-    parts.append(f"{layout.micro_batches} micro-batches of {layout.micro_batch_size}")
+    plural = "" if layout.micro_batches == 1 else "es"
+    parts.append(f"{layout.micro_batches} micro-batch{plural} of {layout.micro_batch_size}")
     return ", ".join(parts)
 
 

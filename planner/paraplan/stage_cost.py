@@ -14,12 +14,7 @@ from itertools import accumulate
 
 from paraplan.block_cost import BlockCost, Numerics, peers
 from paraplan.cluster import Cluster
-from paraplan.collectives import (
-    Group,
-    collective_seconds,
-    overlap_contention,
-    transfer_seconds,
-)
+from paraplan.collectives import collective_seconds, transfer_seconds
 from paraplan.device import Device
 from paraplan.graph import RECOMPUTE_MODES, Amount, ModelGraph, Recompute, cut_amounts
 from paraplan.plan_file import Layout, MemoryParts
@@ -121,9 +116,11 @@ class ChainCost:
 
     @cached_property
     def transfer_contention(self) -> float:
-        """Share of a hidden transfer that slows the computation: that of the fullest link."""
-        crosses = self.layout.devices // self.layout.pipeline >= self.cluster.devices_per_node
-        return overlap_contention(Group(2, 1 if crosses else 2), self.cluster)
+        """Share of a hidden transfer that slows the computation (between nodes: the floor)."""
+        figure = self.device.overlap_contention
+        if self.layout.devices // self.layout.pipeline >= self.cluster.devices_per_node:
+            figure = self.device.overlap_contention_floor
+        return figure.value
 
     def transfer_seconds(self, stage: int, position: int) -> float:
         """One direction of the transfer between ``stage`` and the next, cut at ``position``."""

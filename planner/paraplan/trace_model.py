@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,15 +265,24 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
     """
     module_name, _, attribute = source.spec.partition(":")
     try:
-        factory: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            factory = getattr(factory, name)
-        made = factory()
+        # What user code prints must not end up in front of a plan on standard output.
+        with redirect_stdout(sys.stderr):
+            factory: Any = importlib.import_module(module_name)
+            for name in attribute.split("."):
+                factory = getattr(factory, name)
+            made = factory()
+    except SystemExit as error:
+        raise InputError(f"{source.spec}: it ended the process (exit {error.code})") from None
     except Exception as error:
         raise InputError(f"{source.spec}: {_line(error)}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InputError(f"{source.spec}: must return (model, example inputs)")
     model, example = made
+    if not isinstance(example, tuple | list | dict):
+        raise InputError(
+            f"{source.spec}: example inputs are {type(example).__name__}; a tuple or a dict of "
+            "tensors is wanted"
+        )
     config = getattr(model, "config", None)
     is_transformers = hasattr(model, "set_attn_implementation")
     if is_transformers:

@@ -57,25 +57,29 @@ def make_workload(
     Raises:
         InputError: an unknown name, or a size that is not a positive whole number.
     """
-    if precision not in COMPUTE_BYTES:
+    if not isinstance(precision, str) or precision not in COMPUTE_BYTES:
         raise InputError(
             f"unknown precision {precision!r}", hint=f"one of {', '.join(COMPUTE_BYTES)}"
         )
-    if optimizer not in OPTIMIZER_STATE_BYTES:
-        close = get_close_matches(optimizer, OPTIMIZER_STATE_BYTES, n=1)
+    if not isinstance(optimizer, str) or optimizer not in OPTIMIZER_STATE_BYTES:
+        close = get_close_matches(str(optimizer).lower(), OPTIMIZER_STATE_BYTES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else None
         raise InputError(
             f"unknown optimizer {optimizer!r}",
             hint=hint or f"one of {', '.join(OPTIMIZER_STATE_BYTES)}",
         )
+    _check_size("sequence length", sequence_length)
     if global_batch is None:
         global_batch = default_global_batch(sequence_length, devices)
-    for name, value in (("sequence length", sequence_length), ("global batch", global_batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
-            raise InputError(f"{name} is {value!r}; a whole number from 1 to {2**24} is wanted")
+    _check_size("global batch", global_batch)
     return Workload(
         global_batch=global_batch,
         sequence_length=sequence_length,
         precision=precision,  # checked above
         optimizer=optimizer,
     )
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**24:
+        raise InputError(f"{name} is {value!r}; a whole number from 1 to {2**24} is wanted")
