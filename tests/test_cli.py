@@ -159,7 +159,7 @@ BAD = [
     (["--model", "tiny", "--gpus", "8", "--fix", "tensor=3"], "tensor(3) = 3 does not go into 8"),
     (
         ["--model", "tiny", "--gpus", "8", "--fix", "micro_batch_size=3"],
-        "no multiple of the pinned 3",
+        "micro_batch_size(3)",
     ),
     (["--model", "tiny", "--gpus", "8", "--fix", "data_shard=8,zero_stage=0"], "0 exactly for 1"),
     (["--model", "tiny", "--gpus", "8", "--fix", "schedule=none,pipeline=2"], "schedule none"),
