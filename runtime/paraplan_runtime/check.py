@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Plan, unsupported_fields
+from paraplan.plan_file import RUNTIME_CANNOT_SPLIT, Plan, unsupported_fields
 from paraplan_runtime.batch import schedule_accepts
 from paraplan_runtime.loss import TOKEN_LOSSES, loss_type_of
 from paraplan_runtime.stage import StagePaths
@@ -41,8 +41,16 @@ def check_model(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) ->
     Raises:
         InputError: with the reason.
     """
-    for check in (_paths, _coverage, _layers, _dtype, _norms, _loss, _routing):
+    for check in (_splits, _paths, _coverage, _layers, _dtype, _norms, _loss, _routing):
         check(model, plan, stages)
+
+
+def _splits(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    for axis in RUNTIME_CANNOT_SPLIT.get(type(model).__name__, ()):
+        if getattr(plan.layout, axis) > 1:
+            raise InputError(
+                f"the runtime cannot apply {axis} parallelism to {type(model).__name__} yet"
+            )
 
 
 def _paths(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:

@@ -92,3 +92,12 @@ def test_a_batch_of_the_planned_size_is_cut_as_planned() -> None:
     layout = Layout(data_replicate=2, micro_batch_size=2, micro_batches=3)
     split = split_rows(layout.global_batch, layout)
     assert (split.micro_batch_size, split.micro_batches) == (2, 3)
+
+
+def test_architectures_in_the_shared_list() -> None:
+    class Phi3ForCausalLM(type(build("llama"))):  # type: ignore[misc]
+        """A model that bears a listed name."""
+
+    model = build("llama")
+    model.__class__ = Phi3ForCausalLM
+    assert "tensor parallelism to Phi3ForCausalLM" in refusal("llama", Layout(tensor=2), model)
