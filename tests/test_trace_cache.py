@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -115,31 +114,28 @@ def test_a_cache_that_cannot_be_written_is_no_error(source: ModelSource, tmp_pat
     assert (tmp_path / "file").read_text() == "not a directory"
 
 
-def _write_and_read(folder: str, cache: str, failures: Any) -> None:
-    source = resolve_model(folder)
-    path = entries(Path(cache))[0]
-    graph = graph_of(source, Path(cache))
-    for _ in range(30):
-        trace_cache._write(path, graph)
-        if trace_cache._read(path) != graph:
-            failures.put("half an entry was read")
+WRITE_AND_READ = """
+import sys
+from pathlib import Path
+from paraplan import trace_cache
+path = Path(sys.argv[1])
+graph = trace_cache._read(path)
+assert graph is not None
+for _ in range(30):
+    trace_cache._write(path, graph)
+    assert trace_cache._read(path) == graph, "half an entry was read"
+"""
 
 
 def test_concurrent_processes(source: ModelSource, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     graph_of(source, cache)
-    context = multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    workers = [
-        context.Process(target=_write_and_read, args=(source.spec, str(cache), failures))
-        for _ in range(3)
-    ]
+    entry = entries(cache)[0]
+    command = [sys.executable, "-c", WRITE_AND_READ, str(entry)]
+    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert failures.empty()
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
     assert len(entries(cache)) == 1  # no temporary files are left
 
 
