@@ -147,6 +147,9 @@ def closed_form(name: str, length: int) -> float:
         ("gemma-2-9b", 8192),  # every other layer has a window of 4096
         ("phi-3-mini", 4096),  # window 2047
         ("qwen2.5-32b", 4096),
+        *((name, 2048) for name in ("llama-2-13b", "llama-2-70b", "llama-3-8b", "llama-3-70b")),
+        *((name, 2048) for name in ("qwen2.5-7b", "qwen2.5-72b")),
+        ("gpt2-xl", 1024),
     ],
 )
 def test_dense_flops_have_their_closed_form(name: str, length: int) -> None:
@@ -380,6 +383,23 @@ def test_experts() -> None:
     work = sum(op_flops(op, 1) * op.count for op in grouped if op.phase == "forward")
     assert work == 2 * rows * 3 * 4096 * 14336
     assert 2 * layer(graph, 2).expert_parameters == variant.expert_parameters
+
+
+def test_flops_of_experts_and_of_an_encoder() -> None:
+    """Mixtral: attention, router and two of eight experts; BERT: every token sees every other."""
+    length = 1024
+    matrices = 4096 * (2 * 4096 + 2 * 1024) + 4096 * 8 + 2 * 3 * 4096 * 14336
+    pairs = length * (length + 1) // 2
+    mixtral = 32 * (2 * length * matrices + 4 * 4096 * pairs) + 2 * length * 4096 * 32000
+    assert flops(preset_graph("mixtral-8x7b", length=length), "forward") == pytest.approx(
+        mixtral, rel=0.01
+    )
+    length = 512
+    matrices = 24 * 12 * 1024**2 + 1024**2 + 1024 * 30522
+    bert = 2 * length * matrices + 24 * 4 * 1024 * length**2
+    assert flops(preset_graph("bert-large", length=length), "forward") == pytest.approx(
+        bert, rel=0.01
+    )
 
 
 def test_layer_kinds() -> None:
