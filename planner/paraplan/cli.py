@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _run(arguments: list[str]) -> int:
-    commands: dict[str, tuple[Callable[[], Parser], Callable[[argparse.Namespace], int]]] = {
+Command = tuple[Callable[[], Parser], Callable[[argparse.Namespace], int]]
+
+
+def _commands() -> dict[str, Command]:
+    """Every command but `plan` itself: its options, and what runs it."""
+    return {
         "estimate": (estimate_parser, _estimate),
         "explain": (explain_parser, _explain),
         "diff": (diff_parser, _diff),
@@ -61,6 +65,10 @@ def _run(arguments: list[str]) -> int:
         "schema": (schema_parser, _schema),
         "validate": (validate_parser, _validate),
     }
+
+
+def _run(arguments: list[str]) -> int:
+    commands = _commands()
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         if name not in commands:
@@ -308,17 +316,8 @@ def _print_completion(shell: str) -> int:
 
     parser = plan_parser()
     commands = parser.add_subparsers()
-    for make in (
-        estimate_parser,
-        explain_parser,
-        diff_parser,
-        models_parser,
-        devices_parser,
-        schema_parser,
-        validate_parser,
-    ):
+    for name, (make, _) in _commands().items():
         made = make()
-        name = made.prog.split()[-1]
         commands.add_parser(name, parents=[made], add_help=False, help=made.description)
     print(shtab.complete(parser, shell=shell))
     return 0
