@@ -18,6 +18,22 @@ import torch.multiprocessing as multiprocessing
 TIMEOUT_SECONDS = 240.0
 """For one start of processes that train a dozen small cases on two busy cores."""
 
+PRELOADED = [
+    "paraplan_runtime",
+    "torch._dynamo",  # what torch's checkpointing and pipelining import when they first run
+    "torch.distributed._functional_collectives",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.models.gemma2.modeling_gemma2",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+]
+"""Modules that the ranks of the tests use."""
+
 
 def run_ranks(
     world: int, work: Callable[..., Any], *args: Any, limit_seconds: float = TIMEOUT_SECONDS
@@ -28,7 +44,7 @@ def run_ranks(
         AssertionError: a rank failed or the time ran out; with the ranks' tracebacks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
+        context = _fork_server()
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, work, args))
             for rank in range(world)
@@ -55,6 +71,16 @@ def run_ranks(
         return [
             torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world)
         ]
+
+
+def _fork_server() -> Any:
+    """Processes forked from one that has done the imports, which take 10 CPU seconds each time.
+
+    The server builds no model and runs no kernel, so that no thread of torch's is lost by forking.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _rank(
