@@ -19,7 +19,7 @@ from paraplan_runtime.gradients import (
     Parameter,
     make_clipping_global,
 )
-from paraplan_runtime.loss import GlobalLoss, loss_owner, loss_type_of
+from paraplan_runtime.loss import GlobalLoss, causal_loss_owner
 from paraplan_runtime.mesh import Ranks, build_ranks, join
 from paraplan_runtime.model import ParallelModel
 from paraplan_runtime.recompute import apply_recompute
@@ -129,12 +129,12 @@ def _is_large(module: nn.Module) -> bool:
 
 
 def _take_over_loss(model: nn.Module, ranks: Ranks, splits: TensorPlan) -> GlobalLoss | None:
-    """Put the global loss in the model's ``loss_function``; None for a model without one."""
-    owner, loss_type = loss_owner(model), loss_type_of(model)
-    if owner is None or loss_type is None:
+    """Put the global loss in the model's ``loss_function``; None if it computes none by that."""
+    owner = causal_loss_owner(model)
+    if owner is None:
         return None
     group = ranks.group("tensor") if splits.head is not None else None
-    loss = GlobalLoss(loss_type, group)
+    loss = GlobalLoss(group)
     owner.loss_function = loss  # type: ignore[assignment]
     return loss
 

@@ -46,6 +46,11 @@ class Split:
         first = (data_index * self.micro_batches + micro_batch) * self.micro_batch_size
         return torch.arange(first, first + self.micro_batch_size)
 
+    def real_rows(self, data_index: int, micro_batch: int) -> int:
+        """Rows of one micro-batch that are not filling; they come first."""
+        first = (data_index * self.micro_batches + micro_batch) * self.micro_batch_size
+        return min(max(self.rows - first, 0), self.micro_batch_size)
+
     @property
     def padded_rows(self) -> int:
         """Rows with the filling."""

@@ -9,7 +9,6 @@ from torch import nn
 from paraplan.errors import InputError
 from paraplan.plan_file import RUNTIME_CANNOT_SPLIT, Plan, unsupported_fields
 from paraplan_runtime.batch import schedule_accepts
-from paraplan_runtime.loss import TOKEN_LOSSES, loss_type_of
 from paraplan_runtime.stage import StagePaths
 
 
@@ -41,7 +40,7 @@ def check_model(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) ->
     Raises:
         InputError: with the reason.
     """
-    for check in (_splits, _paths, _coverage, _layers, _dtype, _norms, _loss, _routing):
+    for check in (_splits, _paths, _coverage, _layers, _dtype, _norms, _routing):
         check(model, plan, stages)
 
 
@@ -66,10 +65,13 @@ def _paths(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None
 
 
 def _coverage(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
-    owned = [path for stage in plan.stages for path in stage.modules]
-    for path, _ in model.named_parameters():
-        if not any(path.startswith(f"{module}.") for module in owned):
-            raise InputError(f"parameter {path!r} is in no stage of the plan")
+    owned = tuple(f"{path}." for stage in plan.stages for path in stage.modules)
+    held: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter), []).append(path)
+    for paths in held.values():
+        if not any(path.startswith(owned) for path in paths):
+            raise InputError(f"parameter {paths[0]!r} is in no stage of the plan")
 
 
 def _layers(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
@@ -98,15 +100,6 @@ def _norms(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None
                 f"{path} is a batch norm: its statistics of a micro-batch are not those of the "
                 "global batch"
             )
-
-
-def _loss(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
-    loss_type = loss_type_of(model)
-    if loss_type is not None and loss_type not in TOKEN_LOSSES:
-        raise InputError(
-            f"the loss {loss_type!r} of {type(model).__name__} is not a mean over targets that "
-            f"the runtime knows ({', '.join(TOKEN_LOSSES)})"
-        )
 
 
 def _routing(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:

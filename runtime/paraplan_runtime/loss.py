@@ -1,13 +1,14 @@
 """The loss of the global batch: each micro-batch gives its part of one sum over all targets.
 
-A model of transformers computes its loss through ``model.loss_function``. The runtime puts an
-object of this module there: it divides the micro-batch's sum by the number of targets of the
-*global* batch, so that the parts of all ranks and micro-batches add up to the loss, and to the
-gradients, of one device, however unevenly padding is spread.
+A causal language model of transformers computes its loss through ``model.loss_function``. The
+runtime puts an object of this module there: it divides the micro-batch's sum by the number of
+targets of the *global* batch, so that the parts of all ranks and micro-batches add up to the
+loss, and to the gradients, of one device, however unevenly padding is spread.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,24 +19,20 @@ import torch.nn.functional as functional
 from paraplan.errors import InputError
 from paraplan_runtime.batch import IGNORED_LABEL
 
-TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
-"""``loss_type`` of transformers' models whose loss is a mean of cross entropies over targets."""
+CAUSAL_LOSS = "ForCausalLM"
+"""``loss_type`` of a mean of cross entropies over the next tokens."""
 
 
-def loss_type_of(model: torch.nn.Module) -> str | None:
-    """The kind of loss a model of transformers computes; None for other models."""
-    owner = loss_owner(model)
-    if owner is None:
-        return None
-    # transformers falls back to this one too, for GPT2LMHeadModel for instance.
-    return str(getattr(owner, "loss_type", None) or "ForCausalLM")
-
-
-def loss_owner(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The module whose ``loss_function`` computes the loss: the model, or what peft wraps."""
+def causal_loss_owner(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that computes a causal loss by its ``loss_function``: the model, or what peft
+    wraps. None for models whose loss ``own_loss`` has to find.
+    """
     for module in model.modules():
         if hasattr(type(module), "loss_function"):
-            return module
+            # transformers falls back to this type too, for GPT2LMHeadModel for instance.
+            causal = (getattr(module, "loss_type", None) or CAUSAL_LOSS) == CAUSAL_LOSS
+            called = inspect.unwrap(type(module).forward).__code__.co_names
+            return module if causal and "loss_function" in called else None
     return None
 
 
@@ -43,15 +40,12 @@ class GlobalLoss:
     """Takes the place of a model's ``loss_function``.
 
     Args:
-        loss_type: one of ``TOKEN_LOSSES``.
         tensor_group: the ranks that share the vocabulary, when the head is split over them.
     """
 
-    def __init__(self, loss_type: str, tensor_group: dist.ProcessGroup | None = None) -> None:
-        self.shifts = loss_type == "ForCausalLM"
+    def __init__(self, tensor_group: dist.ProcessGroup | None = None) -> None:
         self.tensor_group = tensor_group
         self.targets: torch.Tensor | None = None
-        self.calls = 0
 
     def count_targets(self, batch: dict[str, Any]) -> torch.Tensor:
         """Targets of the global batch, or the caller's own ``num_items_in_batch``.
@@ -64,7 +58,7 @@ class GlobalLoss:
             return torch.tensor(int(given))
         labels = batch.get("shift_labels")
         if labels is None:
-            labels = batch["labels"][..., 1:] if self.shifts else batch["labels"]
+            labels = batch["labels"][..., 1:]
         if labels.is_floating_point():
             raise InputError(
                 "the labels are floating-point: the runtime normalises cross entropies only",
@@ -84,12 +78,9 @@ class GlobalLoss:
         """
         if self.targets is None:
             raise RuntimeError("count_targets must run before the model")
-        self.calls += 1
         targets = kwargs.get("shift_labels")
         if targets is None:
-            targets = labels
-            if self.shifts:
-                targets = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+            targets = functional.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
         ignored = kwargs.get("ignore_index", IGNORED_LABEL)
         flat = logits.float().reshape(-1, logits.shape[-1])
         total = self._summed(flat, targets.reshape(-1).to(logits.device), ignored)

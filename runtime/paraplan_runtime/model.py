@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,13 @@ from paraplan_runtime.outputs import (
     ParallelOutput,
     cotangent_rows,
     gather_output,
+    in_form,
     returned_output,
 )
+from paraplan_runtime.own_loss import Loss, LossReductions, ReturnForm, expected_targets
 from paraplan_runtime.random_state import ModelRandomState
 from paraplan_runtime.report import ParallelReport, StepClock
-from paraplan_runtime.schedule import Runner
+from paraplan_runtime.schedule import Runner, current_autocast
 from paraplan_runtime.stage import Objective, Step
 from paraplan_runtime.state import Entry, iterate_whole, load_whole
 from paraplan_runtime.tensor import ParameterSplit
@@ -108,6 +109,7 @@ class ParallelModel(nn.Module):
         self._clock = StepClock()
         self._checked = 0
         self._noted_size = False
+        self._forms: dict[frozenset[str], ReturnForm] = {}
 
     def __getattr__(self, name: str) -> Any:
         """What the runtime does not define comes from the model: ``config``, for instance."""
@@ -163,11 +165,26 @@ class ParallelModel(nn.Module):
         rows = count_rows(batch)
         self._check(batch, rows)
         split = split_rows(rows, self.ranks.layout)
-        if batch.get("labels") is not None and self._loss is not None:
-            return self._with_loss(batch, split)
-        if self._loss is not None:
-            return ParallelOutput(None, self._outputs(batch, split))
-        return self._outputs(batch, split)()
+        if self._loss is None:
+            return self._in_its_own_form(batch, split)
+        if batch.get("labels") is not None:
+            return ParallelOutput(*self._with_loss(batch, split))
+        return ParallelOutput(None, self._outputs(batch, split)[1])
+
+    def _in_its_own_form(self, batch: dict[str, Any], split: Split) -> Any:
+        """A model that computes its loss itself, or none; the first call finds out which."""
+        arguments = frozenset(name for name, value in batch.items() if value is not None)
+        form = self._forms.get(arguments)
+        before = self.random_state.state
+        if form is None or form.loss is Loss.NONE:
+            step, outputs = self._outputs(batch, split)
+            if form is None:
+                known = self._runner.holds_last_stage
+                form = self._forms[arguments] = step.form.agreed(self.ranks.device, known=known)
+            if form.loss is Loss.NONE:
+                return in_form(form, None, outputs)
+            self.random_state.state = before
+        return in_form(form, *self._with_loss(batch, split))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = self._signature.bind(*args, **kwargs)
@@ -210,40 +227,55 @@ class ParallelModel(nn.Module):
                     planned,
                 )
 
-    def _with_loss(self, batch: dict[str, Any], split: Split) -> ParallelOutput:
-        loss = self._loss
-        if loss is None:
-            raise RuntimeError("this model computes no loss")
-        loss.targets = loss.count_targets(batch)
+    def _with_loss(
+        self, batch: dict[str, Any], split: Split
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """The global loss, and what computes the global outputs."""
+        if self._loss is not None:
+            self._loss.targets = self._loss.count_targets(batch)
         before = self.random_state.state
         training = torch.is_grad_enabled()
-        calls = loss.calls
         step, stash = self._run(batch, split, "loss", backward=training)
-        last = self._runner.holds_last_stage
-        if last and loss.calls == calls:
-            raise InputError(
-                "the model computes its loss without model.loss_function, so the runtime cannot "
-                "normalise it over the global batch",
-                hint="call the model without labels and compute the loss from the outputs",
-            )
-        value = torch.zeros((), device=self.ranks.device)
-        if last:
-            value = torch.stack([step.results[i].float() for i in range(split.micro_batches)]).sum()
-        value = sum_over_ranks(value, contributes=last and self.ranks.place("tensor") == 0)
+        value, correction = self._global_loss(step, batch, split)
         if not training:
+            last = self._runner.holds_last_stage
             parts = [
                 step.results[split.micro_batches + i] for i in range(split.micro_batches) if last
             ]
-            return ParallelOutput(value, partial(self._gather, parts, split))
-        versions = self._versions()
-        again = partial(self._logits_again, batch, split, before, versions)
-        install = partial(self._install_scaled, stash) if self._scales else stash.install
-        return ParallelOutput(returned_loss(value, install), again)
+            return value, partial(self._gather, parts, split)
+        again = partial(self._logits_again, batch, split, before, self._versions())
+        return returned_loss(value, partial(self._install, stash, correction)), again
 
-    def _install_scaled(self, stash: GradientStash, incoming: torch.Tensor) -> None:
-        """Hand out fp16's gradients, which carry the scale that was expected to flow in."""
-        used, self._loss_scale = self._loss_scale, incoming.detach().float().clone()
-        stash.install(self._loss_scale / used, agree=True)
+    def _global_loss(
+        self, step: Step, batch: dict[str, Any], split: Split
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss of all ranks, and what its gradients are still to be multiplied by."""
+        last = self._runner.holds_last_stage
+        sums = torch.zeros(2, device=self.ranks.device)
+        if last:
+            numbers = range(split.micro_batches)
+            sums[0] = torch.stack([step.results[i].float() for i in numbers]).sum()
+            if step.counts:
+                sums[1] = torch.stack([step.counts[i] for i in numbers]).sum()
+        value, count = sum_over_ranks(
+            sums, contributes=last and self.ranks.place("tensor") == 0
+        ).unbind()
+        if self._loss is not None:
+            return value, None
+        correction = expected_targets(batch, split.padded_rows) / count
+        return value * correction, correction
+
+    def _install(
+        self, stash: GradientStash, correction: torch.Tensor | None, incoming: torch.Tensor
+    ) -> None:
+        """Hand out the gradients; fp16's carry the scale that was expected to flow in."""
+        scale = incoming.detach()
+        if self._scales:
+            used, self._loss_scale = self._loss_scale, scale.float().clone()
+            scale = self._loss_scale / used
+        if correction is not None:
+            scale = scale * correction
+        stash.install(scale, agree=self._scales)
 
     def _run(
         self,
@@ -255,7 +287,7 @@ class ParallelModel(nn.Module):
         cotangent: Callable[[int], torch.Tensor] | None = None,
     ) -> tuple[Step, GradientStash]:
         inputs = dict(batch)
-        if objective != "loss":
+        if objective != "loss" and self._loss is not None:
             inputs.pop("labels", None)
         device = self.ranks.device
         step = Step(
@@ -263,9 +295,10 @@ class ParallelModel(nn.Module):
             micro_batches=split.micro_batches,
             objective=objective,
             backward=backward,
-            autocast=_current_autocast(device.type),
+            autocast=current_autocast(device.type),
             cotangent=cotangent,
             scale=self._loss_scale if self._scales and objective == "loss" and backward else None,
+            reductions=partial(self._reductions, batch, split) if self._loss is None else None,
         )
         taken = set_aside(self.own)
         try:
@@ -291,6 +324,13 @@ class ParallelModel(nn.Module):
             put_back(self.own, taken)
         return step, stash
 
+    def _reductions(self, batch: dict[str, Any], split: Split, micro_batch: int) -> LossReductions:
+        return LossReductions(
+            rows=split.micro_batch_size,
+            real_rows=split.real_rows(self.ranks.data_index, micro_batch),
+            expected=expected_targets(batch, split.padded_rows),
+        )
+
     def _hidden_shape(self, batch: dict[str, Any], split: Split) -> tuple[int, ...] | None:
         ids = batch.get("input_ids")
         if self._hidden_width is None or ids is None or ids.ndim != 2:
@@ -309,14 +349,17 @@ class ParallelModel(nn.Module):
             last_stage=self._runner.holds_last_stage,
         )
 
-    def _outputs(self, batch: dict[str, Any], split: Split) -> Callable[[], torch.Tensor]:
+    def _outputs(
+        self, batch: dict[str, Any], split: Split
+    ) -> tuple[Step, Callable[[], torch.Tensor]]:
+        """A forward without gradients, and what gathers the global outputs of it."""
         before = self.random_state.state
         step, _ = self._run(batch, split, "output", backward=False)
         parts = [step.results[i] for i in sorted(step.results)]
         if not torch.is_grad_enabled():
-            return partial(self._gather, parts, split)
+            return step, partial(self._gather, parts, split)
         backward = partial(self._backward_from_outputs, batch, split, before)
-        return lambda: returned_output(self._gather(parts, split), backward)
+        return step, lambda: returned_output(self._gather(parts, split), backward)
 
     def _backward_from_outputs(
         self, batch: dict[str, Any], split: Split, before: Any, gradient: torch.Tensor
@@ -357,10 +400,3 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
-def _current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    enabled = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type)
-    # No cache: it would keep casts of parameters that FSDP frees between micro-batches.
-    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from paraplan_runtime.batch import Split
 from paraplan_runtime.mesh import Ranks
+from paraplan_runtime.own_loss import Kind, ReturnForm
 
 
 class ParallelOutput:
@@ -40,8 +42,15 @@ class ParallelOutput:
         """Names of what is there."""
         return ("logits",) if self.loss is None else ("loss", "logits")
 
-    def __getitem__(self, key: int | str) -> Any:
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What is there, in order; the logits are gathered when they are used."""
+        logits = DeferredTensor(lambda: self.logits)
+        return (logits,) if self.loss is None else (self.loss, logits)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
         """By position or name."""
+        if isinstance(key, slice):
+            return self.to_tuple()[key]
         names = self.keys()
         name = names[key] if isinstance(key, int) else key
         if name not in names:
@@ -50,13 +59,71 @@ class ParallelOutput:
 
     def __iter__(self) -> Iterator[Any]:
         """The values in order."""
-        return (self[name] for name in self.keys())
+        return iter(self.to_tuple())
 
     def __getattr__(self, name: str) -> Any:
         """Refuse what the model's own output might have had."""
         raise AttributeError(
             f"the parallel model's output has no {name!r}: it keeps {', '.join(self.keys())}"
         )
+
+
+class DeferredTensor:
+    """Stands for the outputs in a returned tuple, which few scripts read: gathered when used.
+
+    Anything done with it is done with the gathered tensor (a collective, see above).
+    """
+
+    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
+        self._compute = compute
+        self._value: torch.Tensor | None = None
+
+    def gathered(self) -> torch.Tensor:
+        """The tensor itself."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes and methods of the tensor."""
+        return getattr(self.gathered(), name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """A part of the tensor."""
+        return self.gathered()[index]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.gathered())
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Functions of torch get the tensor."""
+        args, kwargs = tree_map_only(cls, cls.gathered, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def in_form(
+    form: ReturnForm, loss: torch.Tensor | None, compute: Callable[[], torch.Tensor]
+) -> Any:
+    """What the model would have returned on one device, of which loss and outputs are kept.
+
+    Args:
+        loss: the global loss, if the model computed one.
+        compute: gives the global outputs.
+    """
+    if form.kind is Kind.TENSOR:
+        return compute() if loss is None else loss
+    if form.kind is Kind.MAPPING:
+        return ParallelOutput(loss, compute)
+    values: list[Any] = [None] * form.length
+    if form.main_index >= 0:
+        values[form.main_index] = DeferredTensor(compute)
+    if loss is not None:
+        values[form.loss_index] = loss
+    return tuple(values)
 
 
 def gather_output(

@@ -8,6 +8,8 @@ from the step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -138,3 +140,11 @@ class Runner:
 
 def _last_output(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return output
+
+
+def current_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Enters the autocast state that holds now."""
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    # No cache: it would keep casts of parameters that FSDP frees between micro-batches.
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

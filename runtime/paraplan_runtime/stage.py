@@ -18,7 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from paraplan.errors import InputError
 from paraplan.plan_file import Plan
+from paraplan_runtime.loss import causal_loss_owner
+from paraplan_runtime.own_loss import LossReductions, ReturnForm, WithoutLosses, find_loss
 
 Objective = Literal["loss", "cotangent", "output"]
 
@@ -122,22 +125,26 @@ def cut(model: nn.Module, stages: tuple[StagePaths, ...], index: int) -> nn.Modu
         model: the whole model (on any device, meta included); it is not changed.
     """
     replacements: dict[str, nn.Module] = {}
+    causal = causal_loss_owner(model) is not None
     for stage in stages:
         if stage.index == index:
             continue
         for path in stage.modules:
             module = model.get_submodule(path)
             if next(module.parameters(), None) is not None:
-                replacements[path] = _stand_in(module, path, stage)
+                replacements[path] = _stand_in(module, path, stage, causal=causal)
     return replace_modules(model, replacements)
 
 
-def _stand_in(module: nn.Module, path: str, stage: StagePaths) -> nn.Module:
+def _stand_in(module: nn.Module, path: str, stage: StagePaths, *, causal: bool) -> nn.Module:
     if path in stage.layers:
         return Identity()
-    if path in stage.after:
-        return Detached()
     dtype = next(module.parameters()).dtype
+    if path in stage.after:
+        if isinstance(module, nn.Linear) and not causal:
+            # What follows may compute a loss, which wants outputs of the right shape.
+            return Placeholder(module.out_features, dtype, extends=False)
+        return Detached()
     if isinstance(module, nn.Embedding):
         return Placeholder(module.embedding_dim, dtype, extends=True)
     if isinstance(module, nn.Linear):
@@ -186,7 +193,11 @@ class Step:
         backward: whether gradients are computed.
         autocast: enters the caller's autocast state.
         scale: multiplies the objective, so that fp16 gradients do not vanish.
+        reductions: for a model that may compute its loss itself, what is active while the last
+            stage runs micro-batch ``i``; None for one that uses ``loss_function``.
         results: what the last stage computed, by micro-batch.
+        counts: targets of each micro-batch's own loss.
+        form: what the model returned, as far as ``reductions`` could tell.
     """
 
     micro_batch: Callable[[int], dict[str, Any]]
@@ -196,7 +207,10 @@ class Step:
     autocast: Callable[[], AbstractContextManager[Any]]
     cotangent: Callable[[int], torch.Tensor] | None = None
     scale: torch.Tensor | None = None
+    reductions: Callable[[int], LossReductions] | None = None
     results: dict[int, torch.Tensor] = field(default_factory=dict)
+    counts: dict[int, torch.Tensor] = field(default_factory=dict)
+    form: ReturnForm = field(default_factory=ReturnForm)
 
 
 class StageModule(nn.Module):
@@ -255,16 +269,35 @@ class StageModule(nn.Module):
         self._entering = hidden
         inputs = step.micro_batch(number)
         if not self.paths.is_last:
-            inputs.pop("labels", None)
+            inputs.pop("labels", None)  # it would compute a loss from the identities
         with step.autocast():
-            output = self.model(**inputs)
-            result = self._objective(step, number, output)
+            if step.reductions is None:
+                result = self._objective(step, number, self.model(**inputs))
+            elif self.paths.is_last:
+                result = self._listen(step, number, inputs)
+            else:
+                with WithoutLosses():
+                    result = self._objective(step, number, self.model(**inputs))
         self._entering = None
         if step.backward and result.requires_grad:
             result.register_hook(  # type: ignore[no-untyped-call]
                 partial(self._count_backward, number)
             )
         return result
+
+    def _listen(self, step: Step, number: int, inputs: dict[str, Any]) -> torch.Tensor:
+        """Run a model that may compute its loss itself."""
+        if step.reductions is None:
+            raise RuntimeError("this step does not listen to loss functions")
+        with step.reductions(number) as reductions:
+            output = self.model(**inputs)
+        reduction, step.form = find_loss(output, reductions.found)
+        if step.objective != "loss":
+            return self._objective(step, number, output)
+        if reduction is None:
+            raise InputError("the model returned a loss for a batch like this one before, now none")
+        step.counts[number] = reduction.count.detach()
+        return self._objective(step, number, {"loss": reduction.value, "output": output})
 
     def _objective(self, step: Step, number: int, output: Any) -> torch.Tensor:
         if not self.paths.is_last:
@@ -276,7 +309,8 @@ class StageModule(nn.Module):
             loss = output["loss"]
             step.results[number] = loss.detach()
             if not step.backward:
-                step.results[number + step.micro_batches] = main_output(output)
+                whole = output.get("output", output)
+                step.results[number + step.micro_batches] = main_output(whole)
             return loss if step.scale is None else loss * step.scale  # type: ignore[no-any-return]
         values = main_output(output)
         if step.objective == "output":

@@ -23,7 +23,7 @@ from torch import nn
 
 from paraplan.errors import InputError
 from paraplan.plan_file import Plan
-from paraplan_runtime.loss import TOKEN_LOSSES, loss_type_of
+from paraplan_runtime.loss import causal_loss_owner
 from paraplan_runtime.stage import StagePaths
 
 Style = Literal["column", "row", "experts", "replicated"]
@@ -243,7 +243,7 @@ def _regions(model: nn.Module, columns: set[str], layers: set[str]) -> set[str]:
 
 def _vocabulary(model: nn.Module, degree: int) -> tuple[str | None, str | None]:
     """Paths of the embedding and the head that are split over the vocabulary, or None."""
-    if loss_type_of(model) not in TOKEN_LOSSES:
+    if causal_loss_owner(model) is None:
         return None, None
     paths = {id(module): path for path, module in model.named_modules()}
     table = model.get_input_embeddings()  # type: ignore[operator]

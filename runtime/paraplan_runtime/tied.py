@@ -42,7 +42,7 @@ class TiedWeights:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether ``module`` uses a tied parameter: it then gathers with the root."""
-        return id(module) in self.modules
+        return any(id(inner) in self.modules for inner in module.modules())
 
     def exchange(self, stash: GradientStash, ranks: Ranks) -> None:
         """Add up the gradients of the copies on first and last stage."""

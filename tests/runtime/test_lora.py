@@ -10,11 +10,9 @@ from parity_work import LOSS_TOLERANCE, NORM_TOLERANCE
 from rank_launch import run_ranks
 
 
-@pytest.mark.matrix
 # peft 0.x asks for a property that transformers 5 renames.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_train_as_on_one_device() -> None:
-    pytest.importorskip("peft")
     results = run_ranks(2, train_adapters_under, ["data-shard-2", "pipeline-2"])
     want = train_adapters(build_lora())
     assert min(want["norms"]) > 0.01
