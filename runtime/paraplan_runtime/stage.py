@@ -73,6 +73,7 @@ class StagePaths:
         before: modules in front of its layers (embeddings, on the first stage).
         layers: its repeated layers, in order.
         after: modules behind them (norm and head, on the last stage).
+        between: modules between two runs of layers (the norm of an encoder).
     """
 
     index: int
@@ -80,11 +81,12 @@ class StagePaths:
     before: tuple[str, ...]
     layers: tuple[str, ...]
     after: tuple[str, ...]
+    between: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """All of them, in the order of the forward."""
-        return self.before + self.layers + self.after
+        """All of them."""
+        return self.before + self.layers + self.between + self.after
 
     @property
     def is_first(self) -> bool:
@@ -109,12 +111,17 @@ def stage_paths(plan: Plan, model: nn.Module) -> tuple[StagePaths, ...]:
         marks = [path.rpartition(".")[0] in lists for path in stage.modules]
         first = marks.index(True) if True in marks else len(marks)
         last = len(marks) - marks[::-1].index(True) if True in marks else len(marks)
-        before, layers, after = (
-            stage.modules[:first],
-            stage.modules[first:last],
-            stage.modules[last:],
+        inner = list(zip(stage.modules[first:last], marks[first:last], strict=True))
+        result.append(
+            StagePaths(
+                index=stage.index,
+                count=len(plan.stages),
+                before=stage.modules[:first],
+                layers=tuple(path for path, is_layer in inner if is_layer),
+                after=stage.modules[last:],
+                between=tuple(path for path, is_layer in inner if not is_layer),
+            )
         )
-        result.append(StagePaths(stage.index, len(plan.stages), before, layers, after))
     return tuple(result)
 
 
