@@ -22,6 +22,7 @@ from paraplan_runtime.gradients import (
 from paraplan_runtime.loss import GlobalLoss, causal_loss_owner
 from paraplan_runtime.mesh import Ranks, build_ranks, join
 from paraplan_runtime.model import ParallelModel
+from paraplan_runtime.random_state import SplitStream, draws_randomly
 from paraplan_runtime.recompute import apply_recompute
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.shard import COMPUTE_DTYPES, shard
@@ -108,7 +109,8 @@ def _prepare_stage(
     if plan.workload.precision != "fp32":
         part.float()  # master weights
     if plan.layout.tensor > 1:
-        apply_tensor_parallel(part, paths, splits, ranks)
+        stream = SplitStream(ranks.device, ranks.place("tensor")) if draws_randomly(model) else None
+        apply_tensor_parallel(part, paths, splits, ranks, stream)
     for path, mode in zip(paths.layers, plan.stages[index].recompute, strict=True):
         apply_recompute(part.get_submodule(path), mode)
     groups = [part.get_submodule(path) for path in paths.modules]

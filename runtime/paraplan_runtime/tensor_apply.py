@@ -17,14 +17,24 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from paraplan_runtime import tensor_collectives as exchange
 from paraplan_runtime.mesh import Ranks
+from paraplan_runtime.random_state import SplitStream
 from paraplan_runtime.stage import Identity, Placeholder, StagePaths
 from paraplan_runtime.tensor import ParameterSplit, TensorPlan, local_part
 
 
 def apply_tensor_parallel(
-    part: nn.Module, paths: StagePaths, plan: TensorPlan, ranks: Ranks
+    part: nn.Module,
+    paths: StagePaths,
+    plan: TensorPlan,
+    ranks: Ranks,
+    stream: SplitStream | None = None,
 ) -> None:
-    """Split the parameters of one stage in place and install its exchanges."""
+    """Split the parameters of one stage in place and install its exchanges.
+
+    Args:
+        stream: what dropout draws from where ranks compute different parts; None for a model
+            that draws nothing.
+    """
     group = ranks.group("tensor")
     sequence = plan.entry is not None
     for path, name in plan.attributes:
@@ -57,6 +67,41 @@ def apply_tensor_parallel(
             _before(head, partial(exchange.enter, group=group))
     if sequence:
         _mark_sequence(part, paths, plan, group)
+    if stream is not None:
+        _draw_apart(part, paths, plan, stream)
+
+
+def _draw_apart(part: nn.Module, paths: StagePaths, plan: TensorPlan, stream: SplitStream) -> None:
+    """Switch to the ranks' own random numbers where they compute different parts.
+
+    That is inside of each region, up to its row-parallel output, or with sequence parallelism
+    from the first layer to the last.
+    """
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if module.training:
+            stream.enter()
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        stream.leave()
+
+    if plan.entry is not None:
+        part.get_submodule(paths.layers[0]).register_forward_pre_hook(enter)
+        part.get_submodule(paths.layers[-1]).register_forward_hook(leave)
+    for path in plan.blocks:  # whole inside, so that all ranks draw the same
+        module = _present(part, path)
+        if module is not None:
+            module.register_forward_pre_hook(leave)
+            module.register_forward_hook(enter)
+    for path in plan.regions if plan.entry is None else ():
+        module = _present(part, path)
+        if module is not None:
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+    for path in plan.rows if plan.entry is None else ():
+        module = _present(part, path)
+        if module is not None:
+            module.register_forward_hook(leave)
 
 
 def _mark_sequence(part: nn.Module, paths: StagePaths, plan: TensorPlan, group: Any) -> None:
