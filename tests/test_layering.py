@@ -22,17 +22,18 @@ trace
 trace_cache
 layouts recompute
 block_cost
-stage_cost pipeline
+stage_cost pipeline simulate
 partition problem
 best_cuts solver fitting
 search
+stage_times
 describe
 validate_graph
 validate_rows
 validate
 planning
 report
-explain
+timeline explain
 argument_parsers
 cli
 """

@@ -22,6 +22,7 @@ other commands (each has its own --help):
   models     the models that have a name
   devices    the devices and clusters that have a profile
   schema     JSON Schema of the plan file
+  timeline   the simulated step as a trace for Perfetto
   validate   how far predictions are from measured runs
 
 exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
@@ -189,4 +190,18 @@ def validate_parser() -> Parser:
         "Compares predictions with measured runs, one CSV row each (columns: docs/accuracy.md).",
     )
     add_validate_arguments(parser)
+    return parser
+
+
+def timeline_parser() -> Parser:
+    """Options of `plan timeline`."""
+    from paraplan.timeline import add_timeline_arguments
+
+    parser = _parser(
+        "timeline",
+        "Replays a plan's step event by event and writes what each pipeline rank does as a Chrome\n"
+        "trace (for https://ui.perfetto.dev); says how far the replay is from the closed form.",
+        epilog="example:\n  plan timeline mistral-7b-16xh100.plan.json -o trace.json",
+    )
+    add_timeline_arguments(parser)
     return parser

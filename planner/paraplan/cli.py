@@ -21,6 +21,7 @@ from paraplan.argument_parsers import (
     models_parser,
     plan_parser,
     schema_parser,
+    timeline_parser,
     validate_parser,
 )
 from paraplan.errors import InputError, PlanError
@@ -63,6 +64,7 @@ def _commands() -> dict[str, Command]:
         "models": (models_parser, _models),
         "devices": (devices_parser, _devices),
         "schema": (schema_parser, _schema),
+        "timeline": (timeline_parser, _timeline),
         "validate": (validate_parser, _validate),
     }
 
@@ -303,6 +305,12 @@ def _schema(options: argparse.Namespace) -> int:
 
     print(json.dumps(plan_schema(), indent=2))
     return 0
+
+
+def _timeline(options: argparse.Namespace) -> int:
+    from paraplan.timeline import run_timeline
+
+    return run_timeline(options)
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from paraplan.block_cost import BlockCost
-from paraplan.graph import RECOMPUTE_MODES, Recompute
+from paraplan.graph import Recompute
 from paraplan.pipeline import interleaved_seconds, one_f_one_b_seconds
 from paraplan.plan_file import (
     Breakdown,
@@ -27,6 +27,7 @@ from paraplan.plan_file import (
 from paraplan.problem import Problem
 from paraplan.search import Found, SearchResult
 from paraplan.stage_cost import ChainCost, StageCost
+from paraplan.stage_times import layer_modes, simulated_step, stage_times
 from paraplan.workload import COMPUTE_DTYPE
 
 SIGNIFICANT_DIGITS = 9  # what plan files keep of a float
@@ -74,6 +75,7 @@ def describe(
             RunnerUp(
                 layout=other.layout,
                 step_seconds=rounded(other.staged.step_seconds),
+                simulated_seconds=rounded(simulated_step(other)),
                 peak_memory_bytes=max(_memory(s).total for s in other.staged.stages),
             )
             for other in runner_ups
@@ -126,6 +128,7 @@ def predict(problem: Problem, found: Found) -> Prediction:
     breakdown = _breakdown(found)
     return Prediction(
         step_seconds=rounded(step),
+        simulated_seconds=rounded(simulated_step(found)),
         tokens_per_second=rounded(workload.global_batch * workload.sequence_length / step),
         mfu=rounded(flops / step / (peak * cluster.devices)),
         peak_memory_bytes=fullest,
@@ -147,15 +150,14 @@ def _memory(stage: StageCost) -> MemoryParts:
 
 
 def _stages(found: Found) -> tuple[Stage, ...]:
-    chain, layout = found.chain, found.layout
-    cuts, p = found.staged.cuts, layout.pipeline
-    modes = _layer_modes(found)
+    chain, cuts = found.chain, found.staged.cuts
+    modes = layer_modes(found)
     stages = []
-    for index in range(len(cuts) - 1):
-        rank, run = index % p, range(cuts[index], cuts[index + 1])
-        forward, backward = _run_seconds(chain, run, modes, index < p, index >= len(cuts) - 1 - p)
+    for index, times in enumerate(stage_times(found)):
+        rank, run = index % found.layout.pipeline, range(cuts[index], cuts[index + 1])
         layers = [modes[i] for i in run if i in modes]
-        memory = _memory(found.staged.stages[rank])
+        cost = found.staged.stages[rank]
+        memory = _memory(cost)
         stages.append(
             Stage(
                 index=index,
@@ -163,43 +165,19 @@ def _stages(found: Found) -> tuple[Stage, ...]:
                 modules=tuple(m for i in run for m in chain.graph.chain[i].modules),
                 layers=len(layers),
                 recompute=tuple(layers),
-                forward_seconds=rounded(forward),
-                backward_seconds=rounded(backward),
+                forward_seconds=rounded(times.forward),
+                backward_seconds=rounded(times.backward),
+                recompute_seconds=rounded(times.recompute),
+                forward_exchange_seconds=rounded(times.forward_exchange),
+                backward_exchange_seconds=rounded(times.backward_exchange),
+                transfer_seconds=rounded(times.transfer),
+                step_exchange_seconds=rounded(cost.tail_seconds - cost.optimizer_seconds),
+                optimizer_seconds=rounded(cost.optimizer_seconds),
                 memory_bytes=memory.total,
                 memory=memory,
             )
         )
     return tuple(stages)
-
-
-def _layer_modes(found: Found) -> dict[int, Recompute]:
-    """Chain position -> mode. Within a rank the earliest layers of a kind recompute most."""
-    chain, layout = found.chain, found.layout
-    cuts, p = found.staged.cuts, layout.pipeline
-    modes: dict[int, Recompute] = {}
-    for rank in range(p):
-        places = defaultdict(list)
-        for index in range(rank, len(cuts) - 1, p):
-            for i in range(cuts[index], cuts[index + 1]):
-                places[chain.shape.kind_at[i]].append(i)
-        stage = found.staged.stages[rank]
-        for kind, counts in zip(stage.layer_kinds, stage.choice.counts, strict=True):
-            queue: list[Recompute] = []
-            for mode, count in reversed(list(zip(RECOMPUTE_MODES, counts, strict=True))):
-                queue += [mode] * count
-            modes.update(zip(places[kind], queue, strict=True))
-    return modes
-
-
-def _run_seconds(
-    chain: ChainCost, run: range, modes: dict[int, Recompute], opens: bool, closes: bool
-) -> tuple[float, float]:
-    costs = [chain.costs[chain.shape.kind_at[i]] for i in run]
-    forward = sum(cost.forward for cost in costs)
-    backward = sum(cost.backward[modes.get(i, "none")] for i, cost in zip(run, costs, strict=True))
-    forward += costs[0].first_gather if opens else 0.0
-    backward += costs[-1].last_gather if closes else 0.0
-    return forward, backward
 
 
 def _breakdown(found: Found) -> Breakdown:
@@ -208,7 +186,7 @@ def _breakdown(found: Found) -> Breakdown:
     m = layout.micro_batches
     rank = max(range(layout.pipeline), key=lambda s: done.stages[s].seconds)
     stage = done.stages[rank]
-    modes = _layer_modes(found)
+    modes = layer_modes(found)
     passes: defaultdict[str, float] = defaultdict(float)
     for index in range(rank, len(done.cuts) - 1, layout.pipeline):
         for i in range(done.cuts[index], done.cuts[index + 1]):

@@ -151,6 +151,12 @@ class Stage(_Frozen):
         layers: number of repeated layers among them.
         recompute: the choice of each of those layers, in order.
         forward_seconds, backward_seconds: of one micro-batch; backward includes recomputation.
+        recompute_seconds: of ``backward_seconds``, the forward run again.
+        forward_exchange_seconds, backward_exchange_seconds: of each of them, collectives that the
+            rank waits for (tensor, context, expert and data ranks).
+        transfer_seconds: of one micro-batch to the next stage, one way; 0 behind the last.
+        step_exchange_seconds, optimizer_seconds: once a step, of the whole pipeline rank (the
+            same in each of its virtual stages): exposed gathers and reductions, the update.
         memory_bytes: predicted peak of one device of its pipeline rank. A rank that holds
             several virtual stages shows its whole peak in each of them.
         memory: the parts of ``memory_bytes``.
@@ -163,6 +169,12 @@ class Stage(_Frozen):
     recompute: tuple[Recompute, ...]
     forward_seconds: Seconds
     backward_seconds: Seconds
+    recompute_seconds: Seconds = 0.0
+    forward_exchange_seconds: Seconds = 0.0
+    backward_exchange_seconds: Seconds = 0.0
+    transfer_seconds: Seconds = 0.0
+    step_exchange_seconds: Seconds = 0.0
+    optimizer_seconds: Seconds = 0.0
     memory_bytes: Bytes
     memory: MemoryParts
 
@@ -228,7 +240,10 @@ class Prediction(_Frozen):
     """What the layout is predicted to do.
 
     Attributes:
-        step_seconds: one optimizer step over the global batch.
+        step_seconds: one optimizer step over the global batch, by the closed form that the
+            search minimises.
+        simulated_seconds: the same step replayed event by event (`simulate`); None in plans that
+            were written without it.
         tokens_per_second: of all devices together.
         mfu: model FLOPs (no recompute) over step time and the devices' dense peak rate.
         peak_memory_bytes: of the fullest device; ``capacity_bytes`` is what it may use.
@@ -236,6 +251,7 @@ class Prediction(_Frozen):
     """
 
     step_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    simulated_seconds: Seconds | None = None
     tokens_per_second: Seconds
     mfu: Seconds
     peak_memory_bytes: Bytes
@@ -328,6 +344,7 @@ class RunnerUp(_Frozen):
 
     layout: Layout
     step_seconds: Seconds
+    simulated_seconds: Seconds | None = None
     peak_memory_bytes: Bytes
 
 

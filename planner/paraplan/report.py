@@ -178,8 +178,37 @@ def print_runner_ups(plan: Plan, others: Iterable[RunnerUp], console: Console) -
     console.print()
 
 
+def order_by_replay(plan: Plan) -> list[int]:
+    """The plan (0) and its runner-ups (1, ...) by their replayed time, the fastest first."""
+    seconds = [plan.prediction.simulated_seconds]
+    seconds += [other.simulated_seconds for other in plan.runner_ups]
+    known = [(value, index) for index, value in enumerate(seconds) if value is not None]
+    return [index for _, index in sorted(known)]
+
+
+def replay_lines(plan: Plan) -> list[str]:
+    """The step replayed event by event against the closed form, and whether the order changes."""
+    seen = plan.prediction
+    if seen.simulated_seconds is None:
+        return []
+    if plan.layout.pipeline == 1 and all(o.layout.pipeline == 1 for o in plan.runner_ups):
+        return []  # without a pipeline both are the same sum
+    off = seen.simulated_seconds / seen.step_seconds - 1
+    lines = [f"replayed: {seconds_words(seen.simulated_seconds)}, {off * 100:+.1f} %"]
+    first = order_by_replay(plan)[0]
+    if first:
+        other = plan.runner_ups[first - 1]
+        assert other.simulated_seconds is not None, "only known ones are in the order"
+        gain = 1 - other.simulated_seconds / seen.simulated_seconds
+        lines.append(
+            f"replayed, another is {gain * 100:.2g} % faster: {layout_words(other.layout)} "
+            f"({seconds_words(other.simulated_seconds)})"
+        )
+    return lines
+
+
 def closing_lines(plan: Plan) -> list[str]:
-    """Proof, basis of the figures, assumptions."""
+    """Proof, replay, basis of the figures, assumptions."""
     proof, basis = plan.proof, plan.prediction.basis
     lines = []
     if proof.status == "estimated":
@@ -192,6 +221,7 @@ def closing_lines(plan: Plan) -> list[str]:
             f"bound + {proof.layouts_infeasible:,} out of memory + {proof.layouts_solved:,} "
             f"solved, {proof.seconds:.2f} s"
         )
+    lines += replay_lines(plan)
     lines.append(
         f"rests on: {basis.measured * 100:.0f} % measured, {basis.interpolated * 100:.0f} % "
         f"interpolated, {basis.modelled * 100:.0f} % modelled operation times"
