@@ -552,7 +552,7 @@ def describe_validation_error(error: ValidationError) -> str:
     """The first problem in one line: where it is, what stands there, what is wanted."""
     first = error.errors(include_url=False)[0]
     place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+        f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" for part in first["loc"]
     ).lstrip(".")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
@@ -566,5 +566,8 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
