@@ -8,12 +8,14 @@ whose labels are all ignored, so that every rank runs the same number of equal m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as functional
 
 from paraplan.errors import InputError
 from paraplan.plan_file import Layout
@@ -85,6 +87,30 @@ def schedule_accepts(layout: Layout, micro_batches: int) -> bool:
     return layout.virtual_stages == 1 or micro_batches % (micro_batches // layout.pipeline) == 0
 
 
+def bind_arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of the model by name.
+
+    Raises:
+        InputError: the model takes ``*args``, which have no names.
+    """
+    batch: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            batch.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise InputError("a model with *args cannot be called in parallel")
+        else:
+            batch[name] = value
+    batch.pop("return_dict", None)
+    if "use_cache" in signature.parameters:
+        # A key-value cache would be filled twice by recomputation and serves no training.
+        batch["use_cache"] = False
+    return batch
+
+
 def count_rows(batch: Mapping[str, Any]) -> int:
     """Rows of a batch: the first dimension of its first tensor.
 
@@ -124,6 +150,46 @@ def take_micro_batch(
         else:
             taken[name] = value[first:last].to(device, non_blocking=True)
     return taken
+
+
+_FILLING = {
+    "input_ids": 0,
+    "attention_mask": 0,
+    "labels": IGNORED_LABEL,
+    "shift_labels": IGNORED_LABEL,
+    "position_ids": 0,
+    "token_type_ids": 0,
+}
+"""What a causal model's inputs are filled with behind their end, where no token sees it."""
+
+
+def fill_sequences(batch: Mapping[str, Any], multiple: int) -> tuple[dict[str, Any], int | None]:
+    """Lengthen the sequences of a causal model's batch to a multiple of ``multiple``.
+
+    Sequence parallelism splits them evenly. Tokens behind the end change nothing before it.
+
+    Returns:
+        The batch, and the length it had if it was lengthened.
+
+    Raises:
+        InputError: an input whose filling is not known.
+    """
+    ids = batch.get("input_ids")
+    length = int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
+    if length is None or length % multiple == 0:
+        return dict(batch), None
+    filled = dict(batch)
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) or value.ndim < 2 or length not in value.shape[1:]:
+            continue
+        if name not in _FILLING or value.ndim > 2:
+            raise InputError(
+                f"sequences of {length} tokens do not divide by the {multiple} ranks of sequence "
+                f"parallelism, and the runtime cannot lengthen {name!r}",
+                hint=f"pad the batch to a multiple of {multiple} tokens",
+            )
+        filled[name] = functional.pad(value, (0, -length % multiple), value=_FILLING[name])
+    return filled, length
 
 
 def checksum(batch: Mapping[str, Any]) -> torch.Tensor:

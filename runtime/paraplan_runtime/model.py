@@ -17,8 +17,10 @@ from paraplan.plan_file import Plan
 from paraplan_runtime.batch import (
     CHECKED_BATCHES,
     Split,
+    bind_arguments,
     check_ranks_agree,
     count_rows,
+    fill_sequences,
     split_rows,
     take_micro_batch,
 )
@@ -161,15 +163,19 @@ class ParallelModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the global batch; arguments are those of the model itself."""
-        batch = self._bind(args, kwargs)
+        batch = bind_arguments(self._signature, args, kwargs)
         rows = count_rows(batch)
         self._check(batch, rows)
         split = split_rows(rows, self.ranks.layout)
         if self._loss is None:
             return self._in_its_own_form(batch, split)
+        multiple = self.ranks.layout.tensor if self.ranks.layout.sequence_parallel else 1
+        batch, length = fill_sequences(batch, multiple)
         if batch.get("labels") is not None:
-            return ParallelOutput(*self._with_loss(batch, split))
-        return ParallelOutput(None, self._outputs(batch, split)[1])
+            loss, outputs = self._with_loss(batch, split)
+        else:
+            loss, outputs = None, self._outputs(batch, split)[1]
+        return ParallelOutput(loss, outputs if length is None else lambda: outputs()[:, :length])
 
     def _in_its_own_form(self, batch: dict[str, Any], split: Split) -> Any:
         """A model that computes its loss itself, or none; the first call finds out which."""
@@ -185,23 +191,6 @@ class ParallelModel(nn.Module):
                 return in_form(form, None, outputs)
             self.random_state.state = before
         return in_form(form, *self._with_loss(batch, split))
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = self._signature.bind(*args, **kwargs)
-        batch: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            kind = self._signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                batch.update(value)
-            elif kind is inspect.Parameter.VAR_POSITIONAL:
-                raise InputError("a model with *args cannot be called in parallel")
-            else:
-                batch[name] = value
-        batch.pop("return_dict", None)
-        if "use_cache" in self._signature.parameters:
-            # A key-value cache would be filled twice by recomputation and serves no training.
-            batch["use_cache"] = False
-        return batch
 
     def parallel_report(self) -> ParallelReport:
         """Predicted and measured step time and memory of this rank."""

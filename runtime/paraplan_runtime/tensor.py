@@ -48,6 +48,14 @@ GPT2_STYLES: Mapping[str, tuple[Style, int]] = {
 }
 """GPT-2: fused queries, keys and values; weights stored ``(in, out)``."""
 
+LATENT_ATTENTION_STYLES: Mapping[str, tuple[Style, int]] = {
+    "model.layers.*.self_attn.q_proj": ("column", 1),
+    "model.layers.*.self_attn.q_b_proj": ("column", 1),
+    "model.layers.*.self_attn.kv_b_proj": ("column", 1),
+    "model.layers.*.self_attn.o_proj": ("row", 1),
+}
+"""DeepSeek: its plan leaves attention whole, though its heads split; the planner splits them."""
+
 
 @dataclass(frozen=True)
 class ParameterSplit:
@@ -119,10 +127,11 @@ def model_styles(model: nn.Module) -> dict[str, tuple[Style, int]]:
     dotted = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     words = {f"{dotted}{path}": word for path, word in base.items()}
     words |= getattr(model, "base_model_tp_plan", None) or {}
+    own = LATENT_ATTENTION_STYLES if getattr(config, "model_type", None) == "deepseek_v3" else {}
     if not words:
         raise InputError(
             f"tensor parallelism: {type(model).__name__} has no base_model_tp_plan",
-            hint="plan with --tensor 1",
+            hint="plan with --fix tensor=1",
         )
     unknown = sorted({word for word in words.values() if word not in _STYLES})
     if unknown:
@@ -130,7 +139,7 @@ def model_styles(model: nn.Module) -> dict[str, tuple[Style, int]]:
             f"tensor parallelism: {type(model).__name__} asks for {', '.join(unknown)!s}, which "
             "the runtime does not apply"
         )
-    return _resolve(model, {path: _STYLES[word] for path, word in words.items()})
+    return _resolve(model, {path: _STYLES[word] for path, word in words.items()} | dict(own))
 
 
 def _resolve(
@@ -182,6 +191,8 @@ def tensor_plan(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) ->
     _check_divides(model, split, layout.tensor)
     sequence = layout.sequence_parallel
     blocks = {path.rpartition(".")[0] for path in kinds["experts"]} if sequence else set()
+    if sequence:
+        _check_tokens_stay_apart(model, layers, regions | blocks)
     result = TensorPlan(
         split=split,
         regions=frozenset(regions),
@@ -277,11 +288,34 @@ def _check_divides(model: nn.Module, split: Mapping[str, ParameterSplit], degree
             raise InputError(
                 f"tensor parallelism: {path} holds {how.parts} parts in its first dimension, "
                 "across which FSDP shards",
-                hint="plan with --tensor 1",
+                hint="plan with --fix tensor=1",
             )
         if size % (how.parts * degree):
             raise InputError(
                 f"tensor({degree}) does not divide {path}: {how.parts} parts of {size // how.parts}"
+            )
+
+
+def _check_tokens_stay_apart(model: nn.Module, layers: set[str], whole: set[str]) -> None:
+    """Refuse modules that may mix tokens where each rank holds a part of the sequence.
+
+    Args:
+        whole: modules inside of which every rank has the whole sequence.
+
+    Raises:
+        InputError: a layer holds one that is neither a norm, a linear layer nor a container.
+    """
+    for path, module in model.named_modules():
+        inside = any(_is_under(path, layer) for layer in layers) and path not in layers
+        if not inside or any(_is_under(path, w) or _is_under(w, path) for w in whole):
+            continue
+        kind = type(module).__name__
+        apart = isinstance(module, nn.Linear) or "Norm" in kind or kind == "Conv1D"
+        if next(module.parameters(), None) is not None and not apart:
+            raise InputError(
+                f"sequence parallelism: {path} ({kind}) may mix tokens, and the model's "
+                "tensor-parallel plan does not split it",
+                hint="plan with --fix sequence_parallel=false",
             )
 
 

@@ -26,6 +26,7 @@ TWO_RANK_LAYOUTS = {
         micro_batches=4,
     ),
     "tensor": Layout(tensor=2, micro_batch_size=4, micro_batches=2),
+    "sequence": Layout(tensor=2, sequence_parallel=True, micro_batch_size=4, micro_batches=2),
 }
 
 
@@ -58,6 +59,26 @@ def outputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def read_outputs(layout: str) -> dict[str, torch.Tensor]:
     return outputs(parallel("llama", layout))
+
+
+def odd_lengths(model: nn.Module) -> dict[str, Any]:
+    """Batches padded to their own longest row, as collators do: 11, 7 and 12 tokens."""
+    losses, logits = [], []
+    for seed, length in enumerate((11, 7, 12)):
+        batch = {name: value[:, :length] for name, value in make_batch(seed).items()}
+        output = model(**batch)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        logits.append(output.logits.detach())
+    return {
+        "losses": losses,
+        "norm": nn.utils.clip_grad_norm_(model.parameters(), 1.0).item(),
+        "logits": logits,
+    }
+
+
+def parallel_odd_lengths(layout: str) -> dict[str, Any]:
+    return odd_lengths(parallel("llama", layout))
 
 
 def own_loss(model: nn.Module) -> dict[str, list[float]]:
@@ -198,6 +219,7 @@ def everything(layout: str) -> dict[str, Any]:
     """All of the above in one set of processes: starting them is what costs time."""
     result: dict[str, Any] = {
         "odd": odd_batches(layout),
+        "lengths": parallel_odd_lengths(layout),
         "outputs": read_outputs(layout),
         "own loss": parallel_own_loss(layout),
         "different": different_data(layout),

@@ -142,6 +142,21 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: _causal_lm("Qwen3", head_dim=8),
     "gemma2": lambda: _causal_lm("Gemma2", head_dim=8, sliding_window=4),
     "mixtral": lambda: _causal_lm("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "deepseek": lambda: _causal_lm(
+        "DeepseekV3",
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
     "plain": PlainModel,
 }
 FAMILIES = {

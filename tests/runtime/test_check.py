@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_cases import FAMILIES, build, make_plan
+from parity_cases import FAMILIES, PlainModel, build, make_plan
 from torch import nn
 
 from paraplan.errors import InputError
@@ -47,6 +47,17 @@ def test_models_without_a_tensor_plan() -> None:
             self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 4)
 
     assert "base_model_tp_plan" in refusal("plain", Layout(tensor=2), Other())
+
+
+def test_modules_that_may_mix_tokens_of_sequence_shards() -> None:
+    class Mixes(PlainModel):
+        def __init__(self) -> None:
+            super().__init__()
+            for layer in self.layers:
+                layer.shift = nn.Conv2d(1, 1, 1)
+
+    layout = Layout(tensor=2, sequence_parallel=True)
+    assert "layers.0.shift (Conv2d) may mix tokens" in refusal("plain", layout, Mixes())
 
 
 def test_plans_of_another_model() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_work import ODD_ROWS, autocast_losses, everything, outputs, own_loss
+from device_work import ODD_ROWS, autocast_losses, everything, odd_lengths, outputs, own_loss
 from parity_cases import build, train
 from parity_work import LOSS_TOLERANCE, NORM_TOLERANCE
 from rank_launch import run_ranks
@@ -22,6 +22,7 @@ BF16_TOLERANCE = 2.0**-8
         pytest.param("data", marks=pytest.mark.matrix),
         pytest.param("interleaved", marks=pytest.mark.matrix),
         pytest.param("tensor", marks=pytest.mark.matrix),
+        pytest.param("sequence", marks=pytest.mark.matrix),
     ],
 )
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
@@ -39,6 +40,16 @@ def test_batches_of_any_size_train_exactly(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert close(rank["odd"]["losses"], want["losses"], LOSS_TOLERANCE)
         assert close(rank["odd"]["norms"], want["norms"], NORM_TOLERANCE)
+
+
+def test_batches_of_any_length_train_exactly(ranks: list[dict[str, Any]]) -> None:
+    want = odd_lengths(build("llama"))
+    for rank in ranks:
+        got = rank["lengths"]
+        assert close(got["losses"], want["losses"], LOSS_TOLERANCE)
+        assert close([got["norm"]], [want["norm"]], NORM_TOLERANCE)
+        for one, other in zip(got["logits"], want["logits"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_outputs_are_those_of_the_global_batch(ranks: list[dict[str, Any]]) -> None:
