@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+from pathlib import Path
 
 from torch import nn
 
 from paraplan.plan_file import Plan
 from paraplan_runtime.check import check_model, check_plan, check_ranks_built_the_same
+from paraplan_runtime.construction import random_fingerprint, take_sources
 from paraplan_runtime.gradients import (
     GradientStash,
     Parameter,
@@ -27,7 +29,7 @@ from paraplan_runtime.recompute import apply_recompute
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.shard import COMPUTE_DTYPES, shard
 from paraplan_runtime.stage import StagePaths, cut, stage_paths
-from paraplan_runtime.state import stage_entries
+from paraplan_runtime.state import fill, stage_entries
 from paraplan_runtime.tensor import TensorPlan, fused_parameters, tensor_plan
 from paraplan_runtime.tensor_apply import apply_tensor_parallel
 from paraplan_runtime.tied import TiedWeights, find_tied
@@ -35,16 +37,25 @@ from paraplan_runtime.tied import TiedWeights, find_tied
 _log = logging.getLogger("paraplan")
 
 
-def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None) -> ParallelModel:
+def parallelize(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    device_type: str | None = None,
+    weights: str | Path | None = None,
+) -> ParallelModel:
     """Apply ``plan`` to ``model`` on every rank of the job.
 
     Every rank calls this with the same model, equally initialised, and uses what it returns in
-    its place; the optimizer takes the returned model's ``parameters()``.
+    its place; the optimizer takes the returned model's ``parameters()``. A model that was built
+    inside ``parameters_on_meta`` gets its values here, each rank those of its own shard.
 
     Args:
         model: the whole model.
         plan: made for it.
         device_type: ``cuda`` or ``cpu``; by default ``cuda`` when a GPU is visible.
+        weights: folder of an ordinary checkpoint to read the parameters from; each rank reads its
+            own slices.
 
     Raises:
         InputError: the plan cannot be applied to this model or job, with the reason.
@@ -54,7 +65,8 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
     ranks = build_ranks(plan.layout, device)
     stages = stage_paths(plan, model)
     check_model(model, plan, stages)
-    check_ranks_built_the_same(model, device)
+    check_ranks_built_the_same(model, device, random_fingerprint(model))
+    sources = {} if weights is not None else take_sources(model)
     splits = tensor_plan(model, plan, stages)
     tied = find_tied(model, stages)
     loss = _take_over_loss(model, ranks, splits)
@@ -89,6 +101,10 @@ def parallelize(model: nn.Module, plan: Plan, *, device_type: str | None = None)
         finish_gradients=finish,
         hidden_width=_hidden_width(model),
     )
+    if weights is not None:
+        parallel.load_pretrained(weights)
+    else:
+        fill(parallel.entries, sources, ranks)
     if ranks.speaks:
         for line in parallel.parallel_report().lines():
             _log.info(line)

@@ -114,14 +114,17 @@ def _routing(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> No
 
 
 @torch.no_grad()
-def check_ranks_built_the_same(model: nn.Module, device: torch.device) -> None:
+def check_ranks_built_the_same(model: nn.Module, device: torch.device, drawn: int) -> None:
     """Refuse ranks whose parameters differ: they would train a mixture of several models.
 
+    Args:
+        drawn: differs where parameters that are still on meta will be drawn differently.
+
     Raises:
-        InputError: the parameters' sums differ between ranks (nothing is compared on meta).
+        InputError: the parameters' sums differ between ranks, or what they will be drawn from.
     """
     sums = [float(p.double().sum()) for p in model.parameters() if not p.is_meta]
-    mine = torch.tensor([len(sums), sum(sums)], device=device, dtype=torch.float64)
+    mine = torch.tensor([len(sums), sum(sums), drawn], device=device, dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     for rank, other in enumerate(everyone):

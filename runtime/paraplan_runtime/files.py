@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from paraplan.errors import InputError
 from paraplan.plan_file import write_atomically
 from paraplan_runtime.mesh import Ranks
-from paraplan_runtime.state import Entry, check_shape, regions
+from paraplan_runtime.state import Entry, Source, check_shape, fill
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -77,19 +76,71 @@ def _publish(folder: Path, files: list[list[str]], total: int) -> None:
     write_atomically(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True))
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, not read yet; calling it reads it whole.
 
+    Attributes:
+        path: the file.
+        name: its key there.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self) -> torch.Tensor:
+        """The whole tensor."""
+        whole: torch.Tensor = self.slices()[tuple(slice(0, size) for size in self.shape)]
+        return whole
+
+    def slices(self) -> Any:
+        """What reads only the part that it is indexed by."""
+        from safetensors import safe_open
+
+        opened: Any = safe_open(self.path, framework="pt")
+        return opened.get_slice(self.name) if self.shape else opened.get_tensor(self.name)
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """What a safetensors file holds.
+
+    Raises:
+        InputError: it cannot be read as one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{path} is not a safetensors file: other files can run code",
+            hint="convert it once with save_pretrained",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = []
+            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                shape = tuple(file.get_slice(name).get_shape())
+                empty = file.get_slice(name)[:0] if shape else file.get_tensor(name)
+                found.append(StoredTensor(path, name, shape, empty.dtype))
+            return found
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def _stored_in(folder: Path) -> dict[str, StoredTensor]:
     if (folder / INDEX_FILE).is_file():
         index = json.loads((folder / INDEX_FILE).read_text())
-        return {name: folder / file for name, file in index["weight_map"].items()}
-    if (folder / SINGLE_FILE).is_file():
-        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE_FILE)
-    raise InputError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
+        files = sorted(set(index["weight_map"].values()))
+    elif (folder / SINGLE_FILE).is_file():
+        files = [SINGLE_FILE]
+    else:
+        pickled = next(folder.glob("*.bin"), None)
+        why = "" if pickled is None else f" ({pickled.name} could run code and is not read)"
+        raise InputError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}{why}")
+    return {stored.name: stored for file in files for stored in stored_tensors(folder / file)}
 
 
-@torch.no_grad()
 def read_safetensors(
     folder: Path, entries: Sequence[Entry], aliases: Mapping[str, str], ranks: Ranks
 ) -> None:
@@ -101,42 +152,18 @@ def read_safetensors(
     Raises:
         InputError: a tensor is missing or has another shape.
     """
-    from safetensors import safe_open
-
-    where = _weight_map(folder)
-    opened: dict[Path, Any] = {}
+    where = _stored_in(folder)
+    sources: dict[str, Source] = {}
     for entry in entries:
         same = {entry.path, aliases.get(entry.path, entry.path)}
         same |= {key for key, first in aliases.items() if first in same}
-        name = next((key for key in sorted(same) if key in where), None)
-        if name is None:
-            raise InputError(f"{folder}: no tensor {entry.path!r} in the checkpoint")
-        path = where[name]
-        if path not in opened:
-            opened[path] = safe_open(path, framework="pt")
-        stored = opened[path].get_slice(name)
-        check_shape(entry, tuple(stored.get_shape()))
-        for index, view in regions(entry, ranks):
-            if view.numel():
-                view.copy_(stored[index] if index else opened[path].get_tensor(name))
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Build a model without its parameters' memory; its buffers are computed as usual.
-
-    ``with parameters_on_meta(): model = ...``, then ``parallelize`` and ``load_pretrained``.
-    Each parameter leaves the host as soon as it is registered.
-    """
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        stored = next((where[key] for key in sorted(same) if key in where), None)
+        if stored is None:
+            raise InputError(
+                f"{folder}: no tensor {entry.path!r} in the checkpoint",
+                hint="from_pretrained inside parameters_on_meta initialises what is missing, and "
+                "renames and merges tensors as transformers does",
+            )
+        check_shape(entry, stored.shape)
+        sources[entry.path] = Source(stored.slices, stored.dtype)
+    fill(entries, sources, ranks)

@@ -5,8 +5,9 @@ Every function here is a collective: all ranks call it together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,19 @@ class Entry:
     path: str
     value: torch.Tensor
     split: ParameterSplit | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the value of a tensor comes from.
+
+    Attributes:
+        open: makes something that can be indexed by slices: a tensor, or what a file holds.
+        dtype: the dtype that the whole model has it in.
+    """
+
+    open: Callable[[], Any]
+    dtype: torch.dtype
 
 
 def stage_entries(model: nn.Module, splits: Mapping[str, ParameterSplit]) -> list[Entry]:
@@ -126,8 +140,25 @@ def load_whole(entries: Sequence[Entry], state: Mapping[str, torch.Tensor], rank
             raise InputError(f"the state dict has no {entry.path!r}")
         full = state[entry.path]
         check_shape(entry, tuple(full.shape))
-        for index, view in regions(entry, ranks):
-            view.copy_(full[index])
+        copy_shard(entry, full, full.dtype, ranks)
+
+
+@torch.no_grad()
+def fill(entries: Sequence[Entry], sources: Mapping[str, Source], ranks: Ranks) -> None:
+    """Give this rank's shards their values; one whole tensor is alive at a time."""
+    done = set()
+    for entry in entries:
+        if entry.path in sources and id(entry.value) not in done:
+            done.add(id(entry.value))
+            source = sources[entry.path]
+            copy_shard(entry, source.open(), source.dtype, ranks)
+
+
+def copy_shard(entry: Entry, values: Any, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Copy this rank's part of ``values``, by way of the dtype that the whole model has."""
+    for index, view in regions(entry, ranks):
+        if view.numel():
+            view.copy_(values[index].to(dtype))
 
 
 def check_shape(entry: Entry, shape: tuple[int, ...]) -> None:
