@@ -31,14 +31,20 @@ describe
 validate_graph
 validate_rows
 validate
+request
 planning
 report
 timeline explain
+what_if_file
+training_cost sizing what_if_axes sweep
+what_if
+what_if_options what_if_report
+what_if_command
 argument_parsers
 cli
 """
 HEAVY = {"torch", "transformers", "ortools", "networkx", "numpy", "rich", "safetensors"}
-MAY_IMPORT_AT_TOP = {"report": {"rich"}, "explain": {"rich"}}
+MAY_IMPORT_AT_TOP = {"report": {"rich"}, "explain": {"rich"}, "what_if_report": {"rich"}}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

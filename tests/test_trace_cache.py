@@ -84,7 +84,7 @@ def test_the_key_holds_versions_and_the_tracer_itself(
     graph_of(source, tmp_path)
     monkeypatch.setattr(trace_cache, "version", lambda name: f"{name} of tomorrow")
     graph_of(source, tmp_path)
-    monkeypatch.setattr(trace_cache, "_tracer_digest", lambda: "another tracer")
+    monkeypatch.setattr(trace_cache, "source_digest", lambda pattern: "another tracer")
     graph_of(source, tmp_path)
     assert len([e for e in entries(tmp_path) if e.name.startswith("tiny-")]) == 3
 

@@ -24,6 +24,7 @@ other commands (each has its own --help):
   schema     JSON Schema of the plan file
   timeline   the simulated step as a trace for Perfetto
   validate   how far predictions are from measured runs
+  what-if    plan many clusters: which is cheapest, which fastest
 
 exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
 """
@@ -83,6 +84,13 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         "--memory-limit",
         metavar="GIB",
         help="memory of a device to use at most, in GiB (default: 94 %% of what it has)",
+    )
+    add("--memory", metavar="GIB", help="memory that each device has, not its profile's")
+    add(
+        "--scale",
+        default="",
+        metavar="KEY=FACTOR,...",
+        help="what if compute, memory_bandwidth, link_inside or link_between were faster",
     )
     add(
         "--fix",
@@ -204,4 +212,18 @@ def timeline_parser() -> Parser:
         epilog="example:\n  plan timeline mistral-7b-16xh100.plan.json -o trace.json",
     )
     add_timeline_arguments(parser)
+    return parser
+
+
+def what_if_parser() -> Parser:
+    """Options of `plan what-if`."""
+    from paraplan.what_if_command import add_what_if_arguments
+    from paraplan.what_if_options import EXAMPLES as WHAT_IF_EXAMPLES
+
+    parser = _parser(
+        "what-if",
+        "Plans many clusters, and says what training on each takes and which is best.",
+        epilog=WHAT_IF_EXAMPLES,
+    )
+    add_what_if_arguments(parser)
     return parser

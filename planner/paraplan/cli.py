@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from paraplan.argument_parsers import (
     schema_parser,
     timeline_parser,
     validate_parser,
+    what_if_parser,
 )
 from paraplan.errors import InputError, PlanError
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from paraplan.plan_file import Plan
-    from paraplan.planning import Request
+    from paraplan.request import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,23 +68,27 @@ def _commands() -> dict[str, Command]:
         "schema": (schema_parser, _schema),
         "timeline": (timeline_parser, _timeline),
         "validate": (validate_parser, _validate),
+        "what-if": (what_if_parser, _what_if),
     }
 
 
 def _run(arguments: list[str]) -> int:
     commands = _commands()
+    name: list[str] = []
     if arguments and not arguments[0].startswith("-"):
-        name = arguments.pop(0)
-        if name not in commands:
+        name = [arguments.pop(0)]
+        if name[0] not in commands:
             from difflib import get_close_matches
 
-            close = get_close_matches(name, commands, n=1)
+            close = get_close_matches(name[0], commands, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see plan --help"
-            raise InputError(f"unknown command {name!r}", hint=hint)
-        make_parser, run = commands[name]
+            raise InputError(f"unknown command {name[0]!r}", hint=hint)
+        make_parser, run = commands[name[0]]
     else:
         make_parser, run = plan_parser, _plan
-    options = make_parser().parse_args([_hyphens(argument) for argument in arguments])
+    arguments = [_hyphens(argument) for argument in arguments]
+    options = make_parser().parse_args(arguments)
+    options.command_line = shlex.join(["plan", *name, *arguments])
     return run(options)
 
 
@@ -93,7 +99,7 @@ def _hyphens(argument: str) -> str:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    from paraplan.planning import Request, parse_fix
+    from paraplan.request import Request, parse_fix, parse_scale
 
     if options.model is None:
         raise InputError(
@@ -109,7 +115,9 @@ def _request(options: argparse.Namespace) -> Request:
         seq_len=options.seq_len,
         precision=options.precision,
         optimizer=options.optimizer,
-        memory_limit_gib=_gib(options.memory_limit),
+        memory_limit_gib=_gib(options.memory_limit, "--memory-limit"),
+        memory_gib=_gib(options.memory, "--memory"),
+        scale=parse_scale(options.scale),
         fix=parse_fix(",".join(options.fix)),
         allow=tuple(filter(None, getattr(options, "allow", "").split(","))),
         top=getattr(options, "top", 1),
@@ -117,12 +125,12 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _gib(text: str | None) -> float | None:
+def _gib(text: str | None, option: str) -> float | None:
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GiB|GB|G)?\s*", text, re.IGNORECASE)
     if not match:
-        raise InputError(f"--memory-limit is {text!r}; a number of GiB is wanted, such as 40")
+        raise InputError(f"{option} is {text!r}; a number of GiB is wanted, such as 40")
     return float(match[1]) * (1e9 / 2**30 if (match[2] or "").upper() == "GB" else 1.0)
 
 
@@ -156,7 +164,7 @@ def _estimate(options: argparse.Namespace) -> int:
 
 def default_file_name(request: Request, plan: Plan) -> str:
     """``mistral-7b-16xh100.plan.json``."""
-    from paraplan.planning import DEFAULT_DEVICE
+    from paraplan.request import DEFAULT_DEVICE
 
     device = request.device or (DEFAULT_DEVICE if request.cluster is None else None)
     if device is None or Path(device).suffix:
@@ -232,7 +240,7 @@ def _progress(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
 def _explain(options: argparse.Namespace) -> int:
     from paraplan.explain import print_explanation, request_of, why_not
     from paraplan.plan_file import load_plan
-    from paraplan.planning import parse_fix
+    from paraplan.request import parse_fix
 
     plan = load_plan(options.plan)
     if options.why_not is None:
@@ -317,6 +325,12 @@ def _validate(options: argparse.Namespace) -> int:
     from paraplan.validate import run_validate
 
     return run_validate(options)
+
+
+def _what_if(options: argparse.Namespace) -> int:
+    from paraplan.what_if_command import run_what_if
+
+    return run_what_if(options)
 
 
 def _print_completion(shell: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError
@@ -120,7 +120,7 @@ class Cluster(Frozen):
     Attributes:
         node_groups: one for now; more can be described but not planned for yet.
         link_between: one device's share of the network between nodes.
-        price_per_device_hour: in US dollars, where one is known.
+        price_per_device_hour: in US dollars, instead of the device's.
     """
 
     format: Literal[1] = 1
@@ -216,6 +216,16 @@ class Cluster(Frozen):
         link = self.link_inside.scaled(factor)
         return self._with_group(self._only_group.model_copy(update={"link_inside": link}))
 
+    def scaled(self, what: str, factor: float) -> Cluster:
+        """A copy with ``factor`` times the rate of ``what``, a name of `request.SCALABLE`."""
+        if what == "link_inside":
+            return self.with_link_inside_scaled(factor)
+        if what == "link_between":
+            return self.with_link_between_scaled(factor)
+        rates = {"compute": 1.0, "memory_bandwidth": 1.0, what: factor}
+        device = self.device.with_rates_scaled(**rates)
+        return self._with_group(self._only_group.model_copy(update={"device": device}))
+
     def with_memory(self, memory_bytes: float) -> Cluster:
         """A copy whose devices have ``memory_bytes`` of memory."""
         figure = Figure(value=float(memory_bytes), basis="modelled", source="set for a what-if")
@@ -242,12 +252,23 @@ def load_cluster(name_or_path: str | os.PathLike[str], devices: int | None = Non
     Raises:
         InputError: unknown name, a file that is not a cluster profile, nodes not filled.
     """
+    shipped = ALIASES.get(str(name_or_path).lower(), str(name_or_path).lower())
+    known = shipped in cluster_names()
+    cluster = _shipped_cluster(shipped) if known else _read_cluster(name_or_path)
+    return cluster if devices is None else cluster.resized(devices)
+
+
+@cache
+def _shipped_cluster(name: str) -> Cluster:
+    return _read_cluster(name)
+
+
+def _read_cluster(name_or_path: str | os.PathLike[str]) -> Cluster:
     data, name = read_profile(name_or_path, "clusters", ALIASES)
     try:
-        cluster = Cluster.model_validate(_with_devices(data, name))
+        return Cluster.model_validate(_with_devices(data, name))
     except ValidationError as error:
         raise InputError(f"{name}: {describe_validation_error(error)}") from None
-    return cluster if devices is None else cluster.resized(devices)
 
 
 def _with_devices(data: dict[str, Any], name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -203,6 +203,7 @@ class Device(Frozen):
     communicator_memory_bytes: Figure
     fragmentation_fraction: Figure
     power_watts: Positive | None = None
+    price_per_device_hour: Figure | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
     @model_validator(mode="after")
@@ -275,6 +276,31 @@ class Device(Frozen):
         """A copy with another memory capacity."""
         return self._copy({"memory_capacity_bytes": memory_capacity_bytes})
 
+    def with_rates_scaled(self, *, compute: float, memory_bandwidth: float) -> Device:
+        """A copy whose FLOP/s and memory bandwidth, and measured ops with them, are scaled."""
+        peaks = {
+            dtype: peak.scaled(compute, f"times {compute:g}")
+            for dtype, peak in self.peak_flops_per_second.items()
+        }
+        bandwidth = self.memory_bandwidth_bytes_per_second
+        ops = tuple(
+            op.model_copy(
+                update={
+                    "seconds": op.seconds / (memory_bandwidth if op.kind == "memory" else compute)
+                }
+            )
+            for op in self.ops
+        )
+        return self._copy(
+            {
+                "peak_flops_per_second": peaks,
+                "memory_bandwidth_bytes_per_second": bandwidth.scaled(
+                    memory_bandwidth, f"times {memory_bandwidth:g}"
+                ),
+                "ops": ops,
+            }
+        )
+
     def with_attention(self, implementation: str) -> Device:
         """A copy that uses another of its attention implementations.
 
@@ -308,6 +334,18 @@ def load_device(name_or_path: str | os.PathLike[str]) -> Device:
     Raises:
         InputError: unknown name, or a file that is not a device profile.
     """
+    shipped = ALIASES.get(str(name_or_path).lower(), str(name_or_path).lower())
+    if shipped in device_names():
+        return _shipped_device(shipped)
+    return _read_device(name_or_path)
+
+
+@cache
+def _shipped_device(name: str) -> Device:
+    return _read_device(name)
+
+
+def _read_device(name_or_path: str | os.PathLike[str]) -> Device:
     data, name = read_profile(name_or_path, "devices", ALIASES)
     try:
         return Device.model_validate(data)

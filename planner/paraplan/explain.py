@@ -10,7 +10,7 @@ from rich.console import Console
 from paraplan.errors import ImpossibleError, InfeasibleError, InputError
 from paraplan.models import resolve_model
 from paraplan.plan_file import Plan
-from paraplan.planning import Request, make_constraints, plan_request
+from paraplan.planning import plan_request
 from paraplan.report import (
     GIB,
     TIME_NAMES,
@@ -21,6 +21,7 @@ from paraplan.report import (
     print_times,
     seconds_words,
 )
+from paraplan.request import Request, make_constraints
 
 
 def print_explanation(plan: Plan, console: Console) -> None:

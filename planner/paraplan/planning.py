@@ -1,87 +1,53 @@
 """`plan` and `estimate`: from what the user asks for to a `Plan`.
 
-`Request` holds the question, `make_problem` resolves model, cluster and workload, `search`
-answers it, `describe` writes the answer down.
+`request.resolve` looks up what a `Request` names, `search` answers the question, `describe`
+writes the answer down.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, TypedDict
 
-from paraplan.cluster import Cluster, load_cluster, make_cluster
+from paraplan.cluster import make_cluster
 from paraplan.describe import describe, no_proof, proof_of
-from paraplan.device import load_device
 from paraplan.errors import ImpossibleError, InfeasibleError, InputError, PlanError
 from paraplan.fitting import anything_fits, least_needed_bytes
-from paraplan.graph import RECOMPUTE_MODES, Recompute
+from paraplan.graph import ModelGraph
 from paraplan.layouts import (
-    FIXABLE,
-    Constraints,
     check_layout,
     enumerate_families,
     layout_from_fixed,
     pin_reason,
     tensor_degrees,
 )
-from paraplan.models import resolve_model
-from paraplan.plan_file import RUNTIME_CANNOT_APPLY_YET, Plan, Schedule
+from paraplan.plan_file import Plan
 from paraplan.problem import Problem
+from paraplan.request import (
+    GIB,
+    MEMORY_FRACTION,
+    Question,
+    make_constraints,
+    request_from_options,
+    resolve,
+)
+from paraplan.request import Request as Request
 from paraplan.search import estimate_layout, search
 from paraplan.trace_cache import model_graph
-from paraplan.workload import default_global_batch, make_workload
-
-DEFAULT_DEVICE = "h100"
-DEFAULT_SEQUENCE_LENGTH = 4096
-MEMORY_FRACTION = 0.94
-"""Share of a device's memory that a plan may use when no limit is given; a chosen margin. The
-profiles plan fragmentation at 7.24 % (reserved / allocated 1.072, median of 48 A100 runs); with
-this margin a ratio of 1.141 still fits, which 87 % of the 248 ranks in Aceso's runs that Mist
-published (A100, A10G, L4; mean 1.098) stay below."""
-GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The question; None means a default that fits the rest.
-
-    Attributes:
-        model: a preset, a directory with config.json, a cached Hugging Face id, or
-            ``module:callable``.
-        gpus: number of devices; ``gpus_per_node`` of them in a node.
-        device: name or file of a device profile.
-        cluster: name or file of a cluster profile, or a `Cluster`.
-        global_batch: sequences of one optimizer step.
-        seq_len: tokens of a sequence.
-        memory_limit_gib: of one device; never more than it has (default: `MEMORY_FRACTION`).
-        fix: layout fields, or ``recompute``, that are pinned.
-        allow: fields to search although the runtime cannot apply them yet.
-        top: how many of the best layouts to list, the plan itself included.
-    """
-
-    model: str
-    gpus: int | None = None
-    device: str | None = None
-    gpus_per_node: int | None = None
-    cluster: str | Cluster | None = None
-    global_batch: int | None = None
-    seq_len: int | None = None
-    precision: str = "bf16"
-    optimizer: str = "adamw"
-    memory_limit_gib: float | None = None
-    fix: Mapping[str, Any] = field(default_factory=dict)
-    allow: tuple[str, ...] = ()
-    top: int = 4
-    trust_remote_code: bool = False
-    time_limit_seconds: float = 60.0
-
+from paraplan.workload import default_global_batch
 
 Reporter = Callable[[str], None]
+
+
+class TraceSettings(TypedDict):
+    """Arguments of `trace_cache.model_graph`."""
+
+    sequence_length: int
+    compute_dtype: Literal["bfloat16", "float32"]
+    tensor_degrees: tuple[int, ...]
 
 
 def _silent(_: str) -> None:
@@ -99,7 +65,7 @@ def plan(model: str, *, report: Reporter = _silent, **options: Any) -> Plan:
         InputError: an option is wrong.
         InfeasibleError: nothing fits.
     """
-    return plan_request(_request(model, options), report=report)
+    return plan_request(request_from_options(model, options), report=report)
 
 
 def estimate(model: str, *, report: Reporter = _silent, **options: Any) -> Plan:
@@ -111,40 +77,27 @@ def estimate(model: str, *, report: Reporter = _silent, **options: Any) -> Plan:
     Raises:
         InputError: an option is wrong, or the layout is impossible for this model.
     """
-    return estimate_request(_request(model, options), report=report)
-
-
-def _request(model: str, options: Mapping[str, Any]) -> Request:
-    known = [f.name for f in fields(Request)]
-    for name in options:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
-            raise InputError(f"unknown option {name!r}", hint=hint)
-    if not isinstance(model, str):
-        raise InputError(f"model is {model!r}; a name or a path is wanted")
-    checked = dict(options)
-    if isinstance(checked.get("fix"), str):
-        checked["fix"] = parse_fix(checked["fix"])
-    if isinstance(checked.get("allow"), str):
-        checked["allow"] = tuple(filter(None, checked["allow"].split(",")))
-    if not isinstance(checked.get("fix", {}), Mapping):
-        raise InputError(f"fix is {checked['fix']!r}; a mapping or 'key=value,...' is wanted")
-    for name, kinds in (("device", str), ("cluster", (str, Path, Cluster))):
-        value = checked.get(name)
-        if value is not None and not isinstance(value, kinds):
-            raise InputError(f"{name} is {value!r}; a name or a path is wanted")
-    limit = checked.get("time_limit_seconds", 1.0)
-    if not isinstance(limit, int | float) or not 0 < limit < math.inf:
-        raise InputError(f"time_limit_seconds is {limit!r}; a positive number is wanted")
-    return Request(model=model, **checked)
+    return estimate_request(request_from_options(model, options), report=report)
 
 
 def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
     """`plan` for a `Request`."""
+    question = resolve(request)
+    return plan_problem(
+        problem_of(question, graph_of(question, report=report)), question, report=report
+    )
+
+
+def plan_problem(problem: Problem, question: Question, *, report: Reporter = _silent) -> Plan:
+    """`plan` for a question whose model is traced.
+
+    Raises:
+        InputError: a pinned layout that cannot be.
+        InfeasibleError: nothing fits.
+    """
+    request = question.request
     if isinstance(request.top, bool) or not isinstance(request.top, int) or request.top < 1:
         raise InputError(f"top is {request.top!r}; a whole number from 1 on is wanted")
-    problem, notes = make_problem(request, report=report)
     reason = pin_reason(problem.space, problem.constraints)
     if reason:
         raise ImpossibleError(
@@ -160,7 +113,7 @@ def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
     )
     if found is None:
         raise _infeasible(problem, request)
-    return describe(problem, found.best, proof_of(found), found.runner_ups, notes)
+    return describe(problem, found.best, proof_of(found), found.runner_ups, question.notes)
 
 
 def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
@@ -181,136 +134,35 @@ def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
 
 def make_problem(request: Request, *, report: Reporter = _silent) -> tuple[Problem, list[str]]:
     """Resolve everything that a request names; also what was assumed on the way."""
-    constraints = make_constraints(request.fix, request.allow)
-    cluster = _cluster(request)
-    source = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
-    notes = []
-    length = request.seq_len
-    if length is None:
-        length = source.fixed_sequence_length or min(
-            source.max_sequence_length or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH
-        )
-        notes.append(f"sequence length {length} (not given)")
-    workload = make_workload(
-        sequence_length=length,
-        devices=cluster.devices,
-        global_batch=request.global_batch,
-        precision=request.precision,
-        optimizer=request.optimizer,
-    )
-    if request.global_batch is None:
-        notes.append(f"global batch {workload.global_batch} (not given)")
-    if source.max_sequence_length and length > source.max_sequence_length:
-        notes.append(f"sequences longer than the config's {source.max_sequence_length} positions")
-    report(f"tracing {source.name}, or reading its cached trace")
-    graph = model_graph(
-        source,
-        sequence_length=length,
-        compute_dtype="float32" if request.precision == "fp32" else "bfloat16",
-        tensor_degrees=tensor_degrees(cluster.devices_per_node),
-    )
-    problem = Problem(
+    question = resolve(request)
+    return problem_of(question, graph_of(question, report=report)), list(question.notes)
+
+
+def graph_of(question: Question, *, report: Reporter = _silent) -> ModelGraph:
+    """The traced model of a question; read from the cache if it is there."""
+    report(f"tracing {question.source.name}, or reading its cached trace")
+    return model_graph(question.source, **trace_settings(question))
+
+
+def trace_settings(question: Question) -> TraceSettings:
+    """What, beside the model, a question's trace depends on."""
+    return {
+        "sequence_length": question.workload.sequence_length,
+        "compute_dtype": "float32" if question.workload.precision == "fp32" else "bfloat16",
+        "tensor_degrees": tensor_degrees(question.cluster.devices_per_node),
+    }
+
+
+def problem_of(question: Question, graph: ModelGraph) -> Problem:
+    """A question with its traced model."""
+    return Problem(
         graph=graph,
-        cluster=cluster,
-        device=cluster.device,
-        workload=workload,
-        capacity_bytes=_capacity(request, cluster),
-        constraints=constraints,
+        cluster=question.cluster,
+        device=question.cluster.device,
+        workload=question.workload,
+        capacity_bytes=question.capacity_bytes,
+        constraints=question.constraints,
     )
-    return problem, notes
-
-
-def make_constraints(fix: Mapping[str, Any], allow: tuple[str, ...]) -> Constraints:
-    """Check what the user pinned and allowed.
-
-    Raises:
-        InputError: an unknown field or an impossible value.
-    """
-    for name in allow:
-        if name not in RUNTIME_CANNOT_APPLY_YET:
-            raise InputError(
-                f"--allow knows no {name!r}", hint=f"one of {', '.join(RUNTIME_CANNOT_APPLY_YET)}"
-            )
-    modes: tuple[Recompute, ...] = RECOMPUTE_MODES
-    fixed = {}
-    for name, value in fix.items():
-        if name not in FIXABLE:
-            close = get_close_matches(str(name), FIXABLE, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(FIXABLE)}"
-            raise InputError(f"--fix knows no {name!r}", hint=hint)
-        checked = _fixed_value(name, value)
-        if name == "recompute":
-            modes = (checked,)
-        else:
-            fixed[name] = checked
-    return Constraints(fixed=fixed, recompute=modes, allow=allow)
-
-
-def parse_fix(text: str) -> dict[str, Any]:
-    """``tensor=2,recompute=full`` as a dict; values checked by `make_constraints`."""
-    fixed: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, value = part.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise InputError(f"--fix {part!r} is not of the form key=value")
-        if name in fixed:
-            raise InputError(f"--fix names {name!r} twice")
-        fixed[name] = value.strip()
-    return fixed
-
-
-def _fixed_value(name: str, value: Any) -> Any:
-    choices: tuple[Any, ...] = ()
-    if name == "recompute":
-        choices = RECOMPUTE_MODES
-    elif name == "schedule":
-        choices = get_args(Schedule)
-    if choices:
-        if value not in choices:
-            raise InputError(f"{name} is {value!r}; one of {', '.join(choices)} is wanted")
-        return value
-    if name == "sequence_parallel":
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        found = words.get(str(value).lower())
-        if found is None:
-            raise InputError(f"sequence_parallel is {value!r}; true or false is wanted")
-        return found
-    low, high = (0, 3) if name == "zero_stage" else (1, 2**24)
-    try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        number = None
-    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
-        raise InputError(f"{name} is {value!r}; a whole number from {low} to {high} is wanted")
-    return number
-
-
-def _cluster(request: Request) -> Cluster:
-    for name, value in (("gpus", request.gpus), ("gpus-per-node", request.gpus_per_node)):
-        wrong = isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**20
-        if value is not None and wrong:
-            raise InputError(f"--{name} is {value!r}; a whole number from 1 to {2**20} is wanted")
-    if request.cluster is None:
-        if request.gpus is None:
-            raise InputError("how many devices? --gpus is missing", hint="for example --gpus 16")
-        device = load_device(request.device or DEFAULT_DEVICE)
-        return make_cluster(device, request.gpus, devices_per_node=request.gpus_per_node)
-    if request.device is not None or request.gpus_per_node is not None:
-        raise InputError("--cluster already names the device and its nodes; leave out the others")
-    if isinstance(request.cluster, Cluster):
-        return request.cluster if request.gpus is None else request.cluster.resized(request.gpus)
-    return load_cluster(request.cluster, devices=request.gpus)
-
-
-def _capacity(request: Request, cluster: Cluster) -> float:
-    whole = cluster.device.memory_capacity_bytes.value
-    limit = request.memory_limit_gib
-    if limit is None:
-        return MEMORY_FRACTION * whole
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 2**20:
-        raise InputError(f"memory limit is {limit!r} GiB; a positive number is wanted")
-    return min(whole, limit * GIB)
 
 
 def _infeasible(problem: Problem, request: Request) -> PlanError:

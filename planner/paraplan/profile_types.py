@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,6 +87,7 @@ def content_sha256(model: BaseModel) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+@cache
 def shipped_names(folder: Literal["devices", "clusters"]) -> tuple[str, ...]:
     """Names of the profiles that ship, sorted."""
     entries = resources.files("paraplan_profiles").joinpath(folder).iterdir()

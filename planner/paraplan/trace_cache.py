@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -39,8 +40,8 @@ def model_graph(
     """
     degrees = tuple(sorted({1, *tensor_degrees}))
     path = None
-    if source.kind == "config" and not source.trust_remote_code:
-        key = _key(source, sequence_length, compute_dtype, degrees)
+    key = trace_key(source, sequence_length, compute_dtype, degrees)
+    if key is not None:
         path = (cache_dir or default_cache_dir()) / "graphs" / f"{source.name[:60]}-{key}.json"
         cached = _read(path)
         if cached is not None:
@@ -67,28 +68,34 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "paraplan"
 
 
-def _key(
-    source: ModelSource, sequence_length: int, compute_dtype: str, degrees: tuple[int, ...]
-) -> str:
-    """Changes with everything that the graph depends on."""
+def trace_key(
+    source: ModelSource,
+    sequence_length: int,
+    compute_dtype: str,
+    tensor_degrees: Sequence[int],
+) -> str | None:
+    """Changes with everything that the graph depends on; None for a model that runs own code."""
+    if source.kind != "config" or source.trust_remote_code:
+        return None
     parts = [
         FORMAT,
-        _tracer_digest(),
+        source_digest("trace*.py"),
         source.name,
         source.config_sha256,
         sequence_length,
         compute_dtype,
-        degrees,
+        tuple(sorted({1, *tensor_degrees})),
         version("torch"),
         version("transformers"),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tracer_digest() -> str:
-    """Of the tracer's own source files."""
+@cache
+def source_digest(pattern: str) -> str:
+    """Hash of this package's own source files of a name, such as ``trace*.py``."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("trace*.py")):
+    for file in sorted(Path(__file__).parent.glob(pattern)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
