@@ -40,6 +40,9 @@ training_cost sizing what_if_axes sweep
 what_if
 what_if_options what_if_report
 what_if_command
+page_parts
+page_mesh page_timeline
+page
 argument_parsers
 cli
 """

@@ -22,6 +22,7 @@ other commands (each has its own --help):
   models     the models that have a name
   devices    the devices and clusters that have a profile
   schema     JSON Schema of the plan file
+  report     a plan or a what-if as one HTML page
   timeline   the simulated step as a trace for Perfetto
   validate   how far predictions are from measured runs
   what-if    plan many clusters: which is cheapest, which fastest
@@ -226,4 +227,18 @@ def what_if_parser() -> Parser:
         epilog=WHAT_IF_EXAMPLES,
     )
     add_what_if_arguments(parser)
+    return parser
+
+
+def report_parser() -> Parser:
+    """Options of `plan report`."""
+    from paraplan.page import add_report_arguments
+
+    parser = _parser(
+        "report",
+        "Writes one HTML file that needs no network: the mesh, the timeline of a step, where time\n"
+        "and memory go, what came close, and the proof.",
+        epilog="example:\n  plan report mistral-7b-16xh100.plan.json -o report.html",
+    )
+    add_report_arguments(parser)
     return parser

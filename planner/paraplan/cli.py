@@ -21,6 +21,7 @@ from paraplan.argument_parsers import (
     explain_parser,
     models_parser,
     plan_parser,
+    report_parser,
     schema_parser,
     timeline_parser,
     validate_parser,
@@ -66,6 +67,7 @@ def _commands() -> dict[str, Command]:
         "models": (models_parser, _models),
         "devices": (devices_parser, _devices),
         "schema": (schema_parser, _schema),
+        "report": (report_parser, _report),
         "timeline": (timeline_parser, _timeline),
         "validate": (validate_parser, _validate),
         "what-if": (what_if_parser, _what_if),
@@ -313,6 +315,12 @@ def _schema(options: argparse.Namespace) -> int:
 
     print(json.dumps(plan_schema(), indent=2))
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from paraplan.page import run_report
+
+    return run_report(options)
 
 
 def _timeline(options: argparse.Namespace) -> int:
