@@ -33,6 +33,7 @@ from paraplan_runtime.state import fill, stage_entries
 from paraplan_runtime.tensor import TensorPlan, fused_parameters, tensor_plan
 from paraplan_runtime.tensor_apply import apply_tensor_parallel
 from paraplan_runtime.tied import TiedWeights, find_tied
+from paraplan_runtime.watchdog import watch_over
 
 _log = logging.getLogger("paraplan")
 
@@ -62,7 +63,9 @@ def parallelize(
     """
     check_plan(plan)
     device = join(device_type)
+    watchdog = watch_over(device)
     ranks = build_ranks(plan.layout, device)
+    watchdog.describe(*_place_and_memory(plan, ranks))
     stages = stage_paths(plan, model)
     check_model(model, plan, stages)
     check_ranks_built_the_same(model, device, random_fingerprint(model))
@@ -100,6 +103,7 @@ def parallelize(
         aliases=tied.names,
         finish_gradients=finish,
         hidden_width=_hidden_width(model),
+        watchdog=watchdog,
     )
     if weights is not None:
         parallel.load_pretrained(weights)
@@ -139,6 +143,18 @@ def _prepare_stage(
         precision=plan.workload.precision,
     )
     return part
+
+
+def _place_and_memory(plan: Plan, ranks: Ranks) -> tuple[str, str]:
+    """What this rank holds, and what to do when its memory does not suffice."""
+    held = plan.stages[ranks.place("pipeline") :: plan.layout.pipeline]
+    names = ", ".join(str(stage.index) for stage in held)
+    needed, capacity = held[0].memory_bytes, plan.prediction.capacity_bytes
+    return f"stage {names}", (
+        f"the plan predicts {needed / 2**30:.3g} of {capacity / 2**30:.3g} GiB for this stage; "
+        "plan with a smaller micro-batch (--fix micro_batch_size=1), more recomputation "
+        "(--fix recompute=full) or a lower --memory-limit"
+    )
 
 
 def _is_large(module: nn.Module) -> bool:

@@ -42,6 +42,7 @@ from paraplan_runtime.schedule import Runner, current_autocast
 from paraplan_runtime.stage import Objective, Step
 from paraplan_runtime.state import Entry, iterate_whole, load_whole
 from paraplan_runtime.tensor import ParameterSplit
+from paraplan_runtime.watchdog import Watchdog
 
 FIRST_LOSS_SCALE = 65536.0
 """``torch.amp.GradScaler``'s own first scale; later ones are those it used last."""
@@ -71,6 +72,7 @@ class ParallelModel(nn.Module):
         aliases: keys of tied tensors -> the first key of each.
         finish_gradients: adds up what several ranks computed parts or copies of.
         hidden_width: last dimension of the hidden state between stages, if known.
+        watchdog: is told when steps begin and end.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ParallelModel(nn.Module):
         aliases: Mapping[str, str],
         finish_gradients: Callable[[GradientStash], None],
         hidden_width: int | None,
+        watchdog: Watchdog,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -105,6 +108,7 @@ class ParallelModel(nn.Module):
         self._state_order = state_order
         self._finish_gradients = finish_gradients
         self._hidden_width = hidden_width
+        self._watchdog = watchdog
         self.random_state = ModelRandomState(ranks)
         self._scales = plan.workload.precision == "fp16"
         self._loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=ranks.device)
@@ -293,22 +297,14 @@ class ParallelModel(nn.Module):
         try:
             # Backward passes must not run under autocast; each stage's forward enters it again.
             with (
+                self._watchdog.step(),
                 self.random_state.active(),
                 torch.autocast(device.type, enabled=False),
             ):
                 self._runner.run(step, self._hidden_shape(batch, split))
-            stash = GradientStash(self.own)
-            if backward:
-                self._finish_gradients(stash)
-        except Exception as error:
-            held = ", ".join(str(stage.paths.index) for stage in self._runner.stages)
-            _log.error(
-                "rank %d, stage %s: %s",
-                torch.distributed.get_rank(),
-                held,
-                _root_cause(error),
-            )
-            raise
+                stash = GradientStash(self.own)
+                if backward:
+                    self._finish_gradients(stash)
         finally:
             put_back(self.own, taken)
         return step, stash
@@ -382,10 +378,3 @@ class ParallelModel(nn.Module):
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(parameter.value._version for parameter in self.own)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first line of the exception that started it: torch's schedules wrap it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
