@@ -51,12 +51,13 @@ class Ended:
 def start(
     folder: Path, failure: str, launcher: list[str], **environment: str
 ) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), str(folder), failure],
-        stdout=(folder / "output").open("ab"),
-        stderr=subprocess.STDOUT,
-        env=ENVIRONMENT | environment,
-    )
+    with (folder / "output").open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(SCRIPT), str(folder), failure],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | environment,
+        )
 
 
 def finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> Ended:
