@@ -41,7 +41,8 @@ what_if
 what_if_options what_if_report
 what_if_command
 page_parts
-page_mesh page_timeline
+page_mesh page_timeline page_chart
+page_sweep
 page
 argument_parsers
 cli

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from made_plans import made_plan
+from made_sweeps import made_point, made_sweep
 
 from paraplan.cli import main
 from paraplan.page import estimate_command, plan_command, plan_page
+from paraplan.page_chart import MOST_TICKS, axis_of, short, ticks
 from paraplan.page_mesh import coordinates, drawn_nodes
+from paraplan.page_sweep import sweep_page
 from paraplan.page_timeline import timeline_picture
 from paraplan.plan_file import ClusterInfo, Layout, Plan, mesh_axes, plan_from_json, save_plan
+from paraplan.what_if_file import WhatIf, save_what_if
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 EVIL = "</script><img src=x onerror=alert(1)>\"'&"
@@ -188,3 +192,74 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "none.json")]) == 2
     assert main(["report", str(plan), "-o", str(tmp_path / "no" / "r.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_sweep_page_is_whole() -> None:
+    sweep = made_sweep()
+    page = sweep_page(sweep)
+    seen = Reader(page)
+    assert WhatIf.model_validate_json(seen.data["sweep"]) == sweep
+    assert {f"p{point.id}" for point in sweep.points} <= set(seen.identifiers)
+    for point in sweep.points:
+        assert point.command in page, "every point's command can be copied"
+    assert "infeasible: no plan fits" in page
+    assert "limited by the deadline" in page
+    assert page.count('class="curve') == 3 * 4, "a curve a device in each of four charts"
+    links = {value for tag, name, value in seen.attributes if name == "data-row"}
+    assert links <= set(seen.identifiers)
+
+
+def test_names_of_a_sweep_cannot_become_tags() -> None:
+    sweep = made_sweep()
+    points = tuple(
+        point.model_copy(
+            update=dict.fromkeys(("model", "device", "cluster", "layout", "command"), EVIL)
+        )
+        for point in sweep.points
+    )
+    page = sweep_page(
+        sweep.model_copy(update={"points": points, "command": EVIL, "assumptions": (EVIL,)})
+    )
+    seen = Reader(page)
+    assert seen.tags["img"] == 0 and seen.tags["script"] == 1 + len(seen.data)
+
+
+def test_sweeps_without_prices_or_plans() -> None:
+    sweep = made_sweep()
+    poor = tuple(p.model_copy(update={"training_dollars": None}) for p in sweep.points)
+    changes = {"pareto": (), "answer": None, "sensitivity": ()}
+    assert "No point has both" in sweep_page(sweep.model_copy(update={"points": poor, **changes}))
+    none = sweep.points[4:5]
+    assert "Nothing could be planned" in sweep_page(
+        sweep.model_copy(update={"points": none, **changes})
+    )
+
+
+def test_a_thousand_points_stay_small() -> None:
+    points = tuple(made_point(i, "h100-sxm", 8 + 8 * i) for i in range(1000))
+    sweep = made_sweep().model_copy(
+        update={"points": points, "pareto": (), "answer": None, "sensitivity": ()}
+    )
+    assert len(sweep_page(sweep)) < 4_000_000
+
+
+@pytest.mark.parametrize("values", [(2.0, 512.0), (70e3, 115e3), (1e-4, 1e9), (3.0, 3.0)])
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_axes(values: tuple[float, float], logarithmic: bool) -> None:
+    axis = axis_of("x", values, logarithmic=logarithmic)
+    assert 0 <= axis.at(values[0]) <= axis.at(values[1]) <= 1
+    marks = ticks(axis)
+    assert 1 <= len(marks) <= MOST_TICKS + 1
+    assert all(axis.begin <= mark <= axis.end for mark in marks)
+    assert len({short(mark) for mark in marks}) == len(marks)
+
+
+def test_report_knows_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_what_if(made_sweep(), tmp_path / "w.json")
+    target = tmp_path / "w.html"
+    assert main(["report", str(tmp_path / "w.json"), "-o", str(target)]) == 0
+    assert "<title>What if: mistral-7b</title>" in target.read_text()
+    for wrong in ("[]", "{}", '{"kind": "other"}', '{"kind": "what-if"}', "not json", "[" * 20000):
+        (tmp_path / "x.json").write_text(wrong)
+        assert main(["report", str(tmp_path / "x.json"), "-o", str(target)]) == 2
+    assert capsys.readouterr().err.count("error: ") == 6

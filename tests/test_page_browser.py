@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from browser import MISSING, Browser, browser
 from made_plans import made_plan
+from made_sweeps import made_sweep
 
 from paraplan.page import plan_page
+from paraplan.page_sweep import sweep_page
 
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"not checked in a browser: {', '.join(MISSING)} not installed"
@@ -29,17 +31,32 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("page") / "sweep.html"
+    file.write_text(sweep_page(made_sweep()), encoding="utf-8")
+    return file
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_renders(window: Browser, report: Path, tmp_path: Path, width: int, dark: bool) -> None:
+@pytest.mark.parametrize("which", ["report", "sweep"])
+def test_renders(
+    window: Browser,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    which: str,
+    width: int,
+    dark: bool,
+) -> None:
     window.emulate(width=width, dark=dark)
-    window.open(report)
+    window.open(request.getfixturevalue(which))
     assert window.messages() == []
     assert window.run("return document.documentElement.scrollWidth") <= width
     background = window.run("return getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
     sizes = window.run(
-        "return [...document.querySelectorAll('section, svg, table')]"
+        "return [...document.querySelectorAll('section, figure svg, #timeline svg, table')]"
         ".map((e) => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
     )
     assert len(sizes) > 10
@@ -143,4 +160,48 @@ def test_print_leaves_controls_out(window: Browser, report: Path) -> None:
     assert window.run(shown, "nav") == "none"
     assert window.run(shown, ".copy") == "none"
     assert window.run(shown, "#stages table") == "table"
+    assert window.messages() == []
+
+
+def test_points_filter_and_sort(window: Browser, sweep: Path) -> None:
+    window.emulate(width=1200)
+    window.open(sweep)
+    window.run("document.querySelector('#points input').focus()")
+    window.press(*"h200 infe")
+    assert column(window, "#points table", 1) == []
+    window.press(*["\ue003"] * 5)  # backspace
+    assert column(window, "#points table", 1) == ["8", "16", "32", "64"]
+    said = window.run("return document.querySelector('#points output').textContent")
+    assert said == "4 of 12 rows"
+    window.run("document.querySelectorAll('#points .sort')[1].focus()")
+    window.press("Enter", "Enter")
+    assert column(window, "#points table", 1) == ["64", "32", "16", "8"]
+
+
+def test_unknown_figures_sort_last(window: Browser, sweep: Path) -> None:
+    window.emulate(width=1200)
+    window.open(sweep)
+    heads = window.run(
+        "return [...document.querySelectorAll('#points .sort')].map((b) => b.textContent)"
+    )
+    at = heads.index("days")
+    for _ in range(2):
+        window.run("document.querySelectorAll('#points .sort')[arguments[0]].click()", at)
+        days = column(window, "#points table", at)
+        assert days[-1] == "-" and "-" not in days[:-1]
+
+
+def test_points_of_charts_lead_to_their_rows(window: Browser, sweep: Path) -> None:
+    window.emulate(width=1200)
+    window.open(sweep)
+    window.run("document.querySelector('#front .point.best[data-row=p8]').focus()")
+    window.press("Enter")
+    assert window.run("return document.querySelector('tr.chosen').id") == "p8"
+    window.run(
+        "document.querySelector('#front .point[data-row=p0]')"
+        ".dispatchEvent(new MouseEvent('click'))"
+    )
+    assert window.run("return [...document.querySelectorAll('tr.chosen')].map((r) => r.id)") == [
+        "p0"
+    ]
     assert window.messages() == []

@@ -237,8 +237,10 @@ def report_parser() -> Parser:
     parser = _parser(
         "report",
         "Writes one HTML file that needs no network: the mesh, the timeline of a step, where time\n"
-        "and memory go, what came close, and the proof.",
-        epilog="example:\n  plan report mistral-7b-16xh100.plan.json -o report.html",
+        "and memory go, what came close, and the proof. Of a what-if: the answer, the Pareto front,\n"
+        "curves, and every point with its command.",
+        epilog="examples:\n  plan report mistral-7b-16xh100.plan.json -o report.html\n"
+        "  plan report sweep.json -o sweep.html",
     )
     add_report_arguments(parser)
     return parser

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Iterable
 
@@ -30,7 +31,14 @@ from paraplan.page_parts import (
     text,
 )
 from paraplan.page_timeline import timeline_picture
-from paraplan.plan_file import Layout, Plan, load_plan, plan_to_json, write_atomically
+from paraplan.plan_file import (
+    Layout,
+    Plan,
+    plan_from_json,
+    plan_to_json,
+    read_small_file,
+    write_atomically,
+)
 from paraplan.report import (
     TIME_NAMES,
     closing_lines,
@@ -232,7 +240,7 @@ def _runner_ups(plan: Plan) -> str:
     ]
     for place, other in enumerate(plan.runner_ups, start=1):
         slower = other.step_seconds / seen.step_seconds - 1
-        words = text(layout_words(other.layout))
+        words = f'<div class="words">{text(layout_words(other.layout))}</div>'
         rows.append(
             (
                 Cell(str(place), place),
@@ -288,6 +296,27 @@ def _inputs(plan: Plan) -> str:
     return definition_list(facts) + again + keep
 
 
+def report_page(path: str) -> str:
+    """The page of a plan file, or of a sweep: the file says which it is.
+
+    Raises:
+        InputError: it cannot be read, or is neither.
+    """
+    from paraplan.page_sweep import sweep_page
+    from paraplan.what_if_file import load_what_if
+
+    raw = read_small_file(path, "plan or what-if")
+    try:
+        kind = json.loads(raw)["kind"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        kind = None  # a plan has no such key; whatever else it is, `plan_from_json` says
+    return (
+        sweep_page(load_what_if(path))
+        if kind == "what-if"
+        else plan_page(plan_from_json(raw, name=path))
+    )
+
+
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``plan report``."""
     parser.add_argument("file", metavar="PLAN|WHATIF", help="a plan file, or what `what-if` wrote")
@@ -302,7 +331,7 @@ def run_report(options: argparse.Namespace) -> int:
     Raises:
         InputError: the file cannot be read, or the page not written.
     """
-    written = plan_page(load_plan(options.file))
+    written = report_page(options.file)
     if options.output == "-":
         print(written, end="")
         return 0

@@ -75,9 +75,19 @@ def number(value: float | None, form: str, *, scale: float = 1.0) -> Cell:
 
 
 def table(
-    caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, filtered: bool = False
+    caption: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    *,
+    filtered: bool = False,
+    identifiers: Sequence[str] = (),
 ) -> str:
-    """A table whose heads sort it; with a field that filters its rows if ``filtered``."""
+    """A table whose heads sort it.
+
+    Args:
+        filtered: with a field that filters its rows.
+        identifiers: of the rows, for links to them.
+    """
     rows = list(rows)
     figures = [bool(rows) and _is_figure(rows[-1][column]) for column in range(len(heads))]
     head = "".join(
@@ -85,7 +95,10 @@ def table(
         f'<button type="button" class="sort">{text(name)}</button></th>'
         for name, figure in zip(heads, figures, strict=True)
     )
-    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    named = [f' id="{text(identifier)}"' for identifier in identifiers] or [""] * len(rows)
+    body = "\n".join(
+        f"<tr{name}>{''.join(map(_cell, row))}</tr>" for name, row in zip(named, rows, strict=True)
+    )
     field = (
         f'<label class="filter">Filter <input type="search" aria-label="Filter {text(caption)}">'
         "<output></output></label>"

@@ -80,9 +80,9 @@
     save.hidden = false;
     save.addEventListener("click", () => {
       const link = document.createElement("a");
-      const content = JSON.stringify(read("plan"), null, 1);
+      const content = JSON.stringify(read("plan") ?? read("sweep"), null, 1);
       link.href = URL.createObjectURL(new Blob([content], { type: "application/json" }));
-      link.download = "plan.json";
+      link.download = read("plan") ? "plan.json" : "what-if.json";
       link.click();
       URL.revokeObjectURL(link.href);
     });
