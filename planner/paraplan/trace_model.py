@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,10 +234,10 @@ def _image_inputs(
 
 
 def _loss(call: Callable[[], Any], origin: str) -> Tensor:
-    """Call the model; the loss in what it returns.
+    """Call the model; the loss in what it returns, or one of its outputs.
 
     Raises:
-        InputError: its forward fails on tensors without data, or gives no loss.
+        InputError: its forward fails on tensors without data, or nothing depends on a parameter.
     """
     try:
         output = call()
@@ -246,15 +247,23 @@ def _loss(call: Callable[[], Any], origin: str) -> Tensor:
         raise InputError(
             f"{origin}: its forward pass cannot be traced without data: {_line(error)}"
         ) from error
-    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, (list, tuple)) and output:
-        loss = output[0]
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    tensors = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+    if not tensors:
         raise InputError(
-            f"{origin}: the model returns no loss",
-            hint="it must return a differentiable scalar, or an output with .loss",
+            f"{origin}: the model returns nothing to train on",
+            hint="it must return a differentiable loss or outputs",
         )
-    return loss
+    scalars = [tensor for tensor in tensors if tensor.dim() == 0]
+    return scalars[0] if scalars else _loss_of(tensors[0])
+
+
+def _loss_of(outputs: Tensor) -> Tensor:
+    """For a model that returns no loss: the cross entropy a script most likely computes of it."""
+    logits = outputs.float().flatten(0, -2)
+    targets = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+    return nn.functional.cross_entropy(logits, targets)
 
 
 def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
@@ -266,7 +275,7 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
     module_name, _, attribute = source.spec.partition(":")
     try:
         # What user code prints must not end up in front of a plan on standard output.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _current_folder_importable():
             factory: Any = importlib.import_module(module_name)
             for name in attribute.split("."):
                 factory = getattr(factory, name)
@@ -303,6 +312,17 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
     plan = getattr(model, "_tp_plan", None) or {}
     text = config.get_text_config() if is_transformers and config is not None else None
     return Built(model, text, getattr(config, "model_type", "") or "", plan, runner)
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """As ``python -m`` has it: a console script does not look where the user stands."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _to_meta(model: nn.Module, dtype: torch.dtype) -> None:
