@@ -1,18 +1,16 @@
 """Training state on disk, through ``torch.distributed.checkpoint``: any plan resumes any other's.
 
-A checkpoint is a folder ``step-N``: model and optimizer tensors as torch writes them, each rank
-its own shards, and ``training.json`` with what is not a tensor. It is written beside its final
-name and renamed when whole; only then does the file ``latest`` name it. A crash in the middle
-of a save leaves the one before.
-
-Tensors are stored in the model's own shapes. A fused weight, whose parts the tensor ranks split
-one by one, is stored as its parts (``name#0``, ``name#1``, ..), so that other degrees can read it.
+Each rank writes its own shards as safetensors, and rank 0 ``training.json`` with what is not a
+tensor. (torch's own default keeps its index in a pickle, which can run code when it is read.)
+A checkpoint is written beside its final name and renamed when whole; only then does the file
+``latest`` name it. A crash in the middle of a save leaves the one before.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import random
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,24 +19,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
-from torch.distributed.tensor import DTensor, Shard
 
 from paraplan.errors import InputError
-from paraplan.plan_file import write_atomically
+from paraplan_runtime.checkpoint_folder import begin, find_latest, publish, unfinished_folder
+from paraplan_runtime.checkpoint_tensors import (
+    file_numbers,
+    make_optimizer_state,
+    model_tensors,
+    on_host,
+    optimizer_tensors,
+)
 from paraplan_runtime.model import ParallelModel
-from paraplan_runtime.tensor import ParameterSplit
-
-LATEST = "latest"
-TRAINING_FILE = "training.json"
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What ``load_checkpoint`` found beside the tensors.
+    """What ``load`` found beside the tensors.
 
     Attributes:
         step: the step that the checkpoint was saved at.
@@ -57,16 +60,28 @@ class Checkpointer:
         model: what ``parallelize`` returned.
         optimizer: over ``model.parameters()``.
         scheduler: with a ``state_dict`` of plain numbers, or None.
+        scaler: a ``torch.amp.GradScaler``, or None.
+        keep: how many checkpoints to keep; None keeps all.
     """
 
     def __init__(
-        self, folder: str | Path, model: ParallelModel, optimizer: Any, scheduler: Any = None
+        self,
+        folder: str | Path,
+        model: ParallelModel,
+        optimizer: Any,
+        scheduler: Any = None,
+        *,
+        scaler: Any = None,
+        keep: int | None = None,
     ) -> None:
+        if keep is not None and keep < 1:
+            raise InputError(f"keep({keep}) must be at least 1")
         self._folder = Path(folder)
         self._model = model
         self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._pending: Future[Any] | None = None
+        self._stateful = {"scheduler": scheduler, "scaler": scaler}
+        self._keep = keep
+        self._pending: Future[None] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Saving runs beside training: its messages need a group of their own.
         self._group = dist.new_group(backend="gloo")
@@ -76,63 +91,70 @@ class Checkpointer:
     ) -> None:
         """Save the state; all ranks call it together.
 
-        The tensors are copied before this returns; writing goes on in the background, and a
-        failure of it is raised by the next ``save`` or ``wait``.
+        The tensors are copied before this returns. They are written in the background, and the
+        checkpoint becomes the latest as soon as every rank has written; a failure is raised by
+        the next ``save`` or ``wait``.
 
         Args:
             step: names the checkpoint.
             extra: plain data of the script, stored as JSON.
         """
         self.wait()
-        unfinished = self._folder / f".step-{step}"
+        described = self._describe(step, extra or {})
         if dist.get_rank() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            write_atomically(unfinished / TRAINING_FILE, self._describe(step, extra or {}))
-        else:
-            self._groups()  # takes part in what rank 0 gathers
+            begin(self._folder, step)
         dist.barrier(group=self._group)
         tensors = model_tensors(self._model) | optimizer_tensors(self._model, self._optimizer)
-        staged = {name: on_host(tensor) for name, tensor in tensors.items()}
+        tensors |= self._random_tensors()
+        numbers = file_numbers(tensors, self._group)
         # As dcp.async_save does; its own copying fails on DTensors that are views (torch 2.13).
-        self._pending = self._writer.submit(
-            write_tensors,
-            staged | self._random_tensors(),
-            checkpoint_id=unfinished,
-            process_group=self._group,
-        )
-        self._step = step
+        staged = {name: on_host(tensor) for name, tensor in tensors.items()}
+        self._pending = self._writer.submit(self._write, step, staged, numbers, described)
         if wait:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the last save and publish it; all ranks call it together."""
+        """Wait until the last save is the latest checkpoint; all ranks call it together."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         pending.result()
-        # Every rank has written before any may read.
-        dist.barrier(group=self._group)
+
+    def _write(
+        self,
+        step: int,
+        staged: dict[str, Any],
+        numbers: dict[str, int],
+        described: Mapping[str, Any],
+    ) -> None:
+        target = unfinished_folder(self._folder, step)
+        writer = HuggingFaceStorageWriter(
+            str(target), fqn_to_index_mapping=numbers, save_distributed=True
+        )
+        # Returns when every rank has written, or raises on every rank.
+        write_tensors(staged, storage_writer=writer, process_group=self._group)
         if dist.get_rank() == 0:
-            final = self._folder / f"step-{self._step}"
-            shutil.rmtree(final, ignore_errors=True)
-            (self._folder / f".step-{self._step}").rename(final)
-            write_atomically(self._folder / LATEST, final.name)
+            publish(self._folder, step, described, self._keep)
         dist.barrier(group=self._group)
 
-    def _describe(self, step: int, extra: Mapping[str, Any]) -> str:
+    def _describe(self, step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """What is not a tensor; collective."""
         described = {
             "step": step,
             "extra": dict(extra),
             "groups": self._groups(),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "values": self._plain_states(),
             "layout": self._model.plan.layout.model_dump(mode="json"),
+            "loss_scale": self._model.loss_scale,
+            "random": _host_random(),
         }
+        for name, stateful in self._stateful.items():
+            described[name] = None if stateful is None else stateful.state_dict()
         try:
-            return json.dumps(described, indent=1)
-        except TypeError as error:
+            json.dumps(described)
+        except (TypeError, ValueError) as error:
             raise InputError(f"checkpoint: {error}: only plain data can be stored") from None
+        return described
 
     def _groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups with the names of the whole model's parameters; collective."""
@@ -147,127 +169,127 @@ class Checkpointer:
             groups.append({"options": options, "names": list(union)})
         return groups
 
+    def _plain_states(self) -> dict[str, dict[str, Any]]:
+        """States of the optimizer that are no tensors, by parameter; collective."""
+        mine: dict[str, dict[str, Any]] = {}
+        for parameter in self._model.own:
+            state = self._optimizer.state.get(parameter.value, {})
+            plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
+            if plain:
+                mine[parameter.name] = plain
+        everyone: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return {name: state for rank in everyone for name, state in rank.items()}
+
     def _random_tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            "random.host": torch.get_rng_state(),
-            f"random.model.{dist.get_rank()}": self._model.random_state.state[0],
-        }
+        rank, (host, device) = dist.get_rank(), self._model.random_state.state
+        found = {"random.host": torch.get_rng_state(), f"random.model.{rank}": host}
+        if device is not None:
+            found[f"random.model_device.{rank}"] = device
+            found[f"random.device.{rank}"] = torch.cuda.get_rng_state()
+        return found
 
     def load(self) -> Restored | None:
         """Load the latest checkpoint, saved under this plan or any other; None if there is none.
 
         Raises:
-            InputError: it is damaged or of another model.
+            InputError: it is damaged or of another model or optimizer.
         """
-        marker = self._folder / LATEST
-        if not marker.is_file():
+        found = find_latest(self._folder)
+        if found is None:
             return None
-        source = self._folder / marker.read_text().strip()
+        source, described = found
+        reader = HuggingFaceStorageReader(str(source))
         try:
-            described = json.loads((source / TRAINING_FILE).read_text())
-            names = FileSystemReader(source).read_metadata().state_dict_metadata
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source}: cannot read the checkpoint: {error}") from None
+            sizes = {
+                name: tuple(about.size)  # type: ignore[union-attr]
+                for name, about in reader.read_metadata().state_dict_metadata.items()
+            }
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(f"{source}: the checkpoint is damaged: {error}") from None
         tensors = model_tensors(self._model)
-        missing = sorted(set(tensors) - set(names))
-        if missing:
-            raise InputError(f"{source}: the checkpoint has no {missing[0]!r}: another model?")
-        tensors |= self._empty_optimizer(described["groups"], names)
-        random = {k: v.clone() for k, v in self._random_tensors().items() if k in names}
-        read_tensors(tensors | random, checkpoint_id=source, process_group=self._group)
-        torch.set_rng_state(random["random.host"])
-        same = described["layout"] == self._model.plan.layout.model_dump(mode="json")
-        own = random.get(f"random.model.{dist.get_rank()}")
-        if same and own is not None:
-            self._model.random_state.state = (own, self._model.random_state.state[1])
-        if self._scheduler is not None and described["scheduler"] is not None:
-            self._scheduler.load_state_dict(described["scheduler"])
+        _check_sizes(source, tensors, sizes)
+        self._restore_groups(source, described)
+        scalars = {name for name, size in sizes.items() if size == (1,)}
+        tensors |= make_optimizer_state(self._model, self._optimizer, list(sizes), scalars)
+        _check_sizes(source, tensors, sizes)
+        drawn = {k: v.clone() for k, v in self._random_tensors().items() if k in sizes}
+        # The planner reads the metadata once more, from the same reader.
+        read_tensors(tensors | drawn, storage_reader=reader, process_group=self._group)
+        self._restore_random(described, drawn)
+        for name, stateful in self._stateful.items():
+            if stateful is not None and described.get(name) is not None:
+                stateful.load_state_dict(described[name])
+        self._model.loss_scale = described["loss_scale"]
         return Restored(step=described["step"], extra=described["extra"])
 
-    def _empty_optimizer(
-        self, groups: list[dict[str, Any]], names: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        """Give the optimizer states of the right shapes and return where to read them to."""
-        own = {parameter.name: parameter.value for parameter in self._model.own}
-        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
-            group.update(saved["options"])
-        for full in names:
-            prefix, _, rest = full.partition(".")
-            if prefix != "optimizer":
-                continue
-            name, _, key = rest.partition("#")[0].rpartition(".")
-            if name not in own or key in self._optimizer.state[own[name]]:
-                continue
-            scalar = len(names[full].size) == 0
-            value = torch.zeros((), dtype=torch.float32) if scalar else torch.zeros_like(own[name])
-            self._optimizer.state[own[name]][key] = value
-        return optimizer_tensors(self._model, self._optimizer)
+    def _restore_groups(self, source: Path, described: Mapping[str, Any]) -> None:
+        groups, saved = self._optimizer.param_groups, described["groups"]
+        names = {id(parameter.value): parameter.name for parameter in self._model.own}
+        if len(groups) != len(saved):
+            raise InputError(
+                f"{source}: the optimizer has {len(groups)} parameter groups, that of the "
+                f"checkpoint {len(saved)}"
+            )
+        for number, (group, before) in enumerate(zip(groups, saved, strict=True)):
+            held = set(before["names"])
+            strange = [n for p in group["params"] if (n := names[id(p)]) not in held]
+            if strange:
+                raise InputError(
+                    f"{source}: parameter {strange[0]!r} was not in group {number} of the optimizer"
+                )
+            group.update(before["options"])
+        for parameter in self._model.own:
+            self._optimizer.state[parameter.value].update(
+                described["values"].get(parameter.name, {})
+            )
+
+    def _restore_random(
+        self, described: Mapping[str, Any], drawn: Mapping[str, torch.Tensor]
+    ) -> None:
+        """The host's generators always; those of the model only where ranks mean the same."""
+        torch.set_rng_state(drawn["random.host"])
+        _restore_host_random(described["random"])
+        rank = dist.get_rank()
+        own = drawn.get(f"random.model.{rank}")
+        if described["layout"] != self._model.plan.layout.model_dump(mode="json") or own is None:
+            return
+        device = drawn.get(f"random.model_device.{rank}", self._model.random_state.state[1])
+        self._model.random_state.state = (own, device)
+        if f"random.device.{rank}" in drawn:
+            torch.cuda.set_rng_state(drawn[f"random.device.{rank}"])
 
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def model_tensors(model: ParallelModel) -> dict[str, torch.Tensor]:
-    """This rank's parameters and persistent buffers as they are stored."""
-    result: dict[str, torch.Tensor] = {}
-    for parameter in model.own:
-        split = model.fused.get(parameter.name)
-        result |= stored(f"model.{parameter.name}", parameter.value, split, model)
-    for entry in model.entries:
-        if not isinstance(entry.value, nn.Parameter):
-            result[f"model.{entry.path}"] = entry.value
-    return result
+def _check_sizes(
+    source: Path, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, tensor in tensors.items():
+        if name not in sizes:
+            raise InputError(f"{source}: the checkpoint has no {name!r}: another model?")
+        if tuple(tensor.shape) != sizes[name]:
+            raise InputError(
+                f"{source}: {name!r} has shape {sizes[name]}, {tuple(tensor.shape)} in this model"
+            )
 
 
-def optimizer_tensors(model: ParallelModel, optimizer: Any) -> dict[str, torch.Tensor]:
-    """This rank's optimizer state as it is stored."""
-    result: dict[str, torch.Tensor] = {}
-    for parameter in model.own:
-        split = model.fused.get(parameter.name)
-        for key, value in optimizer.state.get(parameter.value, {}).items():
-            if isinstance(value, torch.Tensor):
-                name = f"optimizer.{parameter.name}.{key}"
-                result |= stored(name, value, split, model)
-    return result
+def _host_random() -> dict[str, Any]:
+    """Python's and NumPy's generators, which may decide the data order."""
+    version, numbers, gauss = random.getstate()
+    found: dict[str, Any] = {"python": [version, list(numbers), gauss]}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        found["numpy"] = [kind, keys.tolist(), *rest]
+    return found
 
 
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that training does not change."""
-    if isinstance(tensor, DTensor):
-        copy = tensor.to_local().to("cpu", copy=True).contiguous()
-        return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    return tensor.detach().to("cpu", copy=True)
-
-
-def stored(
-    name: str, value: torch.Tensor, split: ParameterSplit | None, model: ParallelModel
-) -> dict[str, torch.Tensor]:
-    """A tensor under its name, or the parts of a fused one; they share its memory."""
-    value = value.detach()
-    if split is None or value.ndim == 0:  # AdamW's step count
-        return {name: value}
-    if not isinstance(value, DTensor):
-        parts = value.chunk(split.parts, dim=split.dimension)
-        return {f"{name}#{number}": part for number, part in enumerate(parts)}
-    local, dimension = value.to_local(), split.dimension
-    shape, placements = list(value.shape), list(value.placements)
-    if model.plan.layout.tensor > 1:
-        views = [local.select(dimension, part) for part in range(split.parts)]
-        placements[-1] = Shard(dimension)
-        del shape[dimension]
-    else:
-        shape[dimension] //= split.parts
-        views = list(torch.split(local, shape[dimension], dim=dimension))
-    stride = torch.empty(shape, device="meta").stride()
-    return {
-        f"{name}#{part}": DTensor.from_local(
-            view,
-            value.device_mesh,
-            placements,
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=stride,
-        )
-        for part, view in enumerate(views)
-    }
+def _restore_host_random(found: Mapping[str, Any]) -> None:
+    version, numbers, gauss = found["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and "numpy" in found:
+        numpy.random.set_state(tuple(found["numpy"]))

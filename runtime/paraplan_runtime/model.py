@@ -134,6 +134,15 @@ class ParallelModel(nn.Module):
         for parameter in self.own:
             yield (f"{prefix}.{parameter.name}" if prefix else parameter.name), parameter.value
 
+    @property
+    def loss_scale(self) -> float:
+        """What fp16's step is multiplied by: the factor that ``GradScaler`` used last."""
+        return float(self._loss_scale)
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self._loss_scale.fill_(value)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """The whole model's state dict on the CPU, on every rank; every rank must call it."""
         return {
