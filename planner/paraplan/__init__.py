@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from paraplan.cluster import Cluster as Cluster
     from paraplan.errors import InfeasibleError as InfeasibleError
     from paraplan.errors import InputError as InputError
+    from paraplan.one_line import (
+        enable_advanced_parallelization as enable_advanced_parallelization,
+    )
+    from paraplan.one_line import parallelize as parallelize
     from paraplan.plan_file import Plan as Plan
     from paraplan.plan_file import load_plan as load_plan
     from paraplan.plan_file import save_plan as save_plan
@@ -24,8 +28,10 @@ _HOME = {
     "InfeasibleError": "errors",
     "InputError": "errors",
     "Plan": "plan_file",
+    "enable_advanced_parallelization": "one_line",
     "estimate": "planning",
     "load_plan": "plan_file",
+    "parallelize": "one_line",
     "plan": "planning",
     "save_plan": "plan_file",
 }
@@ -34,8 +40,10 @@ __all__ = [
     "InfeasibleError",
     "InputError",
     "Plan",
+    "enable_advanced_parallelization",
     "estimate",
     "load_plan",
+    "parallelize",
     "plan",
     "save_plan",
 ]

@@ -165,8 +165,14 @@ def take_sources(model: nn.Module) -> dict[str, Source]:
     return sources
 
 
+def recorder_of(parameter: nn.Parameter) -> Recorder | None:
+    """What knows the value of a parameter that was built on meta."""
+    found: Recorder | None = getattr(parameter, _RECORDER, None)
+    return found
+
+
 def _recorder_of(model: nn.Module) -> Recorder | None:
-    found = (getattr(parameter, _RECORDER, None) for parameter in model.parameters())
+    found = (recorder_of(parameter) for parameter in model.parameters())
     return next((recorder for recorder in found if recorder is not None), None)
 
 

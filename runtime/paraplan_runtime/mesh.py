@@ -78,7 +78,9 @@ def join(device_type: str | None = None) -> torch.device:
     """
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Once joined, the device stays: the launcher's variables may be hidden by then.
+        place = torch.cuda.current_device() if dist.is_initialized() else _local_rank()
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     else:
         device = torch.device(kind)
@@ -95,6 +97,10 @@ def join(device_type: str | None = None) -> torch.device:
                 backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
             )
     return device
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def build_ranks(layout: Layout, device: torch.device) -> Ranks:

@@ -104,7 +104,7 @@ class ParallelModel(nn.Module):
         self._spread_output = spread_output
         self.entries = entries
         self.fused = fused
-        self._aliases = aliases
+        self.aliases = aliases
         self._state_order = state_order
         self._finish_gradients = finish_gradients
         self._hidden_width = hidden_width
@@ -159,7 +159,7 @@ class ParallelModel(nn.Module):
             max_shard_size: bytes of one safetensors file at most.
         """
         folder = Path(save_directory)
-        order = [name for name in self._state_order if name not in self._aliases]
+        order = [name for name in self._state_order if name not in self.aliases]
         write_safetensors(folder, iterate_whole(self.entries, order, self.ranks), max_shard_size)
         for name in ("config", "generation_config"):
             settings: Any = getattr(self.stages[0].model, name, None)
@@ -168,7 +168,7 @@ class ParallelModel(nn.Module):
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read this rank's shards from an ordinary checkpoint, and nothing else of it."""
-        read_safetensors(Path(folder), self.entries, self._aliases, self.ranks)
+        read_safetensors(Path(folder), self.entries, self.aliases, self.ranks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Take this rank's shards from the whole model's state dict."""
