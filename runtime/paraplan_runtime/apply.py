@@ -26,6 +26,7 @@ from paraplan_runtime.mesh import Ranks, build_ranks, join
 from paraplan_runtime.model import ParallelModel
 from paraplan_runtime.random_state import SplitStream, draws_randomly
 from paraplan_runtime.recompute import apply_recompute
+from paraplan_runtime.report import start_lines
 from paraplan_runtime.schedule import Runner
 from paraplan_runtime.shard import COMPUTE_DTYPES, shard
 from paraplan_runtime.stage import StagePaths, cut, stage_paths
@@ -110,8 +111,7 @@ def parallelize(
     else:
         fill(parallel.entries, sources, ranks)
     if ranks.speaks:
-        for line in parallel.parallel_report().lines():
-            _log.info(line)
+        _log.info("\n".join(start_lines(plan, ranks)))
     return parallel.train(model.training)
 
 

@@ -37,7 +37,7 @@ from paraplan_runtime.outputs import (
 )
 from paraplan_runtime.own_loss import Loss, LossReductions, ReturnForm, expected_targets
 from paraplan_runtime.random_state import ModelRandomState
-from paraplan_runtime.report import ParallelReport, StepClock
+from paraplan_runtime.report import ParallelReport, StepClock, measured_lines
 from paraplan_runtime.schedule import Runner, current_autocast
 from paraplan_runtime.stage import Objective, Step
 from paraplan_runtime.state import Entry, iterate_whole, load_whole
@@ -214,11 +214,11 @@ class ParallelModel(nn.Module):
             self._checked += 1
             check_ranks_agree(batch, self.ranks.device)
         planned = self.plan.workload.global_batch
-        if self.training and torch.is_grad_enabled():
-            full = self._clock.tick(planned=rows == planned)
-            if full and self.ranks.speaks:
-                for line in self.parallel_report().lines():
-                    _log.info(line)
+        trains = self.training and torch.is_grad_enabled()
+        if trains and self._clock.tick(planned=rows == planned):
+            lines = measured_lines(self.parallel_report(), self.plan, self.ranks)
+            if self.ranks.speaks:
+                _log.info("\n".join(lines))
         if rows != planned and self.training and not self._noted_size:
             self._noted_size = True
             if self.ranks.speaks:

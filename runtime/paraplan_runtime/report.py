@@ -1,13 +1,17 @@
-"""What was predicted beside what is measured, for this rank, without any exchange."""
+"""What was predicted beside what is measured."""
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from paraplan.plan_file import Plan
 from paraplan_runtime.mesh import AXES, Ranks
@@ -30,7 +34,8 @@ class ParallelReport:
             optimizer step, unless the script accumulates gradients over several calls); None
             before ``WARM_UP_STEPS`` calls with the planned batch.
         predicted_memory_bytes: of this rank's device.
-        measured_memory_bytes: peak of tensors on this rank's GPU; None on the CPU.
+        measured_memory_bytes: peak use of this rank's GPU, context and communication included;
+            on the CPU, the peak resident memory of the process, Python and torch included.
         measured_steps: how many the median is of.
     """
 
@@ -39,22 +44,95 @@ class ParallelReport:
     predicted_step_seconds: float
     measured_step_seconds: float | None
     predicted_memory_bytes: int
-    measured_memory_bytes: int | None
+    measured_memory_bytes: int
     measured_steps: int
 
     def lines(self) -> list[str]:
         """The report as text."""
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         measured = self.measured_step_seconds
-        memory = self.measured_memory_bytes
         return [
-            f"mesh: {mesh or 'one device'}; this rank holds stage "
-            + ", ".join(str(stage) for stage in self.stages),
-            f"step: predicted {self.predicted_step_seconds:.4g} s, "
-            + ("not measured yet" if measured is None else f"measured {measured:.4g} s"),
-            f"memory: predicted {self.predicted_memory_bytes / 2**30:.3g} GiB, "
-            + ("not measured" if memory is None else f"measured {memory / 2**30:.3g} GiB"),
+            _mesh_line(self.mesh),
+            HEADER,
+            _row("step", "s", self.predicted_step_seconds, measured),
+            _memory_row(self.stages, self.predicted_memory_bytes, self.measured_memory_bytes),
         ]
+
+
+def start_lines(plan: Plan, ranks: Ranks) -> list[str]:
+    """Mesh, plan and prediction of the whole job, before the first step."""
+    layout = plan.layout
+    batch = f"{layout.micro_batches} micro-batches of {layout.micro_batch_size} on each data rank"
+    modes = sorted({mode for stage in plan.stages for mode in stage.recompute})
+    return [
+        _mesh_line(_mesh(ranks)),
+        f"plan: {batch}; schedule {layout.schedule}, ZeRO stage {layout.zero_stage}, "
+        f"{plan.workload.precision}, recompute {', '.join(modes) or 'none'}",
+        HEADER,
+        _row("step", "s", plan.prediction.step_seconds, None),
+        *(_memory_row(*held, None) for held in _memory_by_rank(plan)),
+    ]
+
+
+def measured_lines(report: ParallelReport, plan: Plan, ranks: Ranks) -> list[str]:
+    """Prediction and measurement of the whole job; every rank must call it."""
+    mine = torch.zeros(plan.layout.pipeline, dtype=torch.int64, device=ranks.device)
+    mine[ranks.place("pipeline")] = report.measured_memory_bytes
+    dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+    rows = zip(_memory_by_rank(plan), mine.tolist(), strict=True)
+    lines = [
+        f"after {report.measured_steps + WARM_UP_STEPS} steps:",
+        HEADER,
+        _row("step", "s", report.predicted_step_seconds, report.measured_step_seconds),
+        *(_memory_row(*held, measured) for held, measured in rows),
+    ]
+    if ranks.device.type == "cpu":
+        lines.append("memory measured on the CPU is that of the whole process, torch included")
+    return lines
+
+
+HEADER = f"{'':28}{'predicted':>12}{'measured':>12}"
+
+
+def _row(name: str, unit: str, predicted: float, measured: float | None) -> str:
+    line = f"{name:28}{predicted:>{11 - len(unit)}.4g} {unit}"
+    if measured is None:
+        return line
+    change = f"{measured / predicted - 1:>+8.0%}" if 0 < measured < 10 * predicted else ""
+    return f"{line}{measured:>{11 - len(unit)}.4g} {unit}{change}"
+
+
+def _memory_row(stages: Sequence[int], predicted: int, measured: int | None) -> str:
+    name = "memory, stage " + ", ".join(str(stage) for stage in stages)
+    if len(name) > 27:
+        name = f"memory, stages {stages[0]} to {stages[-1]}"
+    return _row(name, "GiB", predicted / 2**30, None if measured is None else measured / 2**30)
+
+
+def _memory_by_rank(plan: Plan) -> list[tuple[tuple[int, ...], int]]:
+    """Stages and predicted memory of each pipeline rank."""
+    pipeline = plan.layout.pipeline
+    held = [plan.stages[rank::pipeline] for rank in range(pipeline)]
+    # Every virtual stage of a rank carries the rank's whole peak.
+    return [(tuple(s.index for s in stages), stages[0].memory_bytes) for stages in held]
+
+
+def _mesh(ranks: Ranks) -> dict[str, int]:
+    return dict(zip(AXES, (ranks.mesh.size(axis) for axis in range(len(AXES))), strict=True))
+
+
+def _mesh_line(mesh: dict[str, int]) -> str:
+    text = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+    return f"mesh: {text or 'one device'}"
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        # Beside torch's allocator: the context, communication buffers.
+        beside = total - free - torch.cuda.memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + beside
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class StepClock:
@@ -81,19 +159,13 @@ class StepClock:
 
     def report(self, plan: Plan, ranks: Ranks) -> ParallelReport:
         """What is known by now."""
-        sizes = (ranks.mesh.size(axis) for axis in range(len(AXES)))
-        first = ranks.place("pipeline")
-        held = plan.stages[first :: plan.layout.pipeline]
-        memory = None
-        if ranks.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(ranks.device)
+        stages, predicted = _memory_by_rank(plan)[ranks.place("pipeline")]
         return ParallelReport(
-            mesh=dict(zip(AXES, sizes, strict=True)),
-            stages=tuple(stage.index for stage in held),
+            mesh=_mesh(ranks),
+            stages=stages,
             predicted_step_seconds=plan.prediction.step_seconds,
             measured_step_seconds=statistics.median(self._intervals) if self._intervals else None,
-            # Every virtual stage of a rank carries the rank's whole peak.
-            predicted_memory_bytes=max(stage.memory_bytes for stage in held),
-            measured_memory_bytes=memory,
+            predicted_memory_bytes=predicted,
+            measured_memory_bytes=_peak_memory_bytes(ranks.device),
             measured_steps=len(self._intervals),
         )
