@@ -48,6 +48,9 @@ surroundings torch_option
 launch automatic
 rank_errors
 one_line
+export_torch
+export_megatron
+export
 argument_parsers
 cli
 """

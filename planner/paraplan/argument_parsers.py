@@ -22,6 +22,7 @@ other commands (each has its own --help):
   models     the models that have a name
   devices    the devices and clusters that have a profile
   schema     JSON Schema of the plan file
+  export     a plan as configuration of torchtitan, accelerate, megatron, ...
   report     a plan or a what-if as one HTML page
   timeline   the simulated step as a trace for Perfetto
   validate   how far predictions are from measured runs
@@ -237,10 +238,25 @@ def report_parser() -> Parser:
     parser = _parser(
         "report",
         "Writes one HTML file that needs no network: the mesh, the timeline of a step, where time\n"
-        "and memory go, what came close, and the proof. Of a what-if: the answer, the Pareto front,\n"
-        "curves, and every point with its command.",
+        "and memory go, what came close, and the proof. Of a what-if: the answer, the Pareto\n"
+        "front, curves, and every point with its command.",
         epilog="examples:\n  plan report mistral-7b-16xh100.plan.json -o report.html\n"
         "  plan report sweep.json -o sweep.html",
     )
     add_report_arguments(parser)
+    return parser
+
+
+def export_parser() -> Parser:
+    """Options of `plan export`."""
+    from paraplan.export import add_export_arguments
+
+    parser = _parser(
+        "export",
+        "Writes a plan as the launch configuration of another tool. What the tool cannot express\n"
+        "is noted on stderr and in the file.",
+        epilog="example:\n  plan export mistral-7b-16xh100.plan.json --to torchtitan -o "
+        "torchtitan_plan.py",
+    )
+    add_export_arguments(parser)
     return parser

@@ -19,6 +19,7 @@ from paraplan.argument_parsers import (
     diff_parser,
     estimate_parser,
     explain_parser,
+    export_parser,
     models_parser,
     plan_parser,
     report_parser,
@@ -67,6 +68,7 @@ def _commands() -> dict[str, Command]:
         "models": (models_parser, _models),
         "devices": (devices_parser, _devices),
         "schema": (schema_parser, _schema),
+        "export": (export_parser, _export),
         "report": (report_parser, _report),
         "timeline": (timeline_parser, _timeline),
         "validate": (validate_parser, _validate),
@@ -315,6 +317,12 @@ def _schema(options: argparse.Namespace) -> int:
 
     print(json.dumps(plan_schema(), indent=2))
     return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from paraplan.export import run_export
+
+    return run_export(options)
 
 
 def _report(options: argparse.Namespace) -> int:
