@@ -1,17 +1,19 @@
-"""Shows that no rank holds the whole model while a checkpoint is loaded.
+"""Shows that no rank holds the whole model while it is loaded, initialised or saved.
 
-    python benchmarks/loading_memory.py              # 2 ranks, a checkpoint of about 2 GB
+    python benchmarks/loading_memory.py              # 2 ranks, a model of about 2 GB
     python benchmarks/loading_memory.py --layers 60  # larger
 
-Writes a checkpoint of a Llama with random weights, then each rank builds the model without
-memory, applies a plan and reads its slices. Anonymous memory (``RssAnon``; pages of the mapped
-file are the kernel's to drop) is sampled meanwhile and shown against the rank's shard plus the
-largest tensor.
+Each rank builds a Llama without memory, applies a plan and gets its shard: read from a checkpoint
+made on the spot, or drawn as the usual construction would; then the ranks save the whole model.
+Anonymous memory (``RssAnon``; pages of the mapped file are the kernel's to drop) is sampled
+meanwhile and shown against the rank's shard plus the largest tensor; when saving, what comes on
+top of the shard is a file on rank 0 and copies of the largest tensor.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import threading
 import time
@@ -27,6 +29,8 @@ from paraplan.plan_file import Layout
 
 RANKS = 2
 SAMPLE_SECONDS = 0.002
+FILE_BYTES = 250_000_000
+"""Of one file when saving: rank 0 holds one at a time."""
 LAYOUTS = {
     "data_shard 2": Layout(data_shard=2, zero_stage=3),
     "tensor 2": Layout(tensor=2),
@@ -77,8 +81,8 @@ class Peak:
         return self.highest
 
 
-def load(rank: int, folder: str, name: str, layers: int) -> None:
-    """Load on one rank; each rank writes what it measured."""
+def work(rank: int, folder: str, name: str, layers: int, modes: tuple[str, ...]) -> None:
+    """Run on one rank; each rank writes what it measured."""
     from transformers import LlamaForCausalLM
 
     from paraplan_runtime import parallelize, parameters_on_meta
@@ -86,47 +90,64 @@ def load(rank: int, folder: str, name: str, layers: int) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store-{name.replace(' ', '-')}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    config = config_of(layers)
+    plan = make_plan("llama", LAYOUTS[name], layers=layers)
+    measured: dict[str, int] = {}
+    for mode in modes:
+        model = None
+        torch.manual_seed(0)
+        peak = Peak()
+        with parameters_on_meta():
+            if mode == "initialise":
+                source = LlamaForCausalLM(config_of(layers))
+            else:
+                source = LlamaForCausalLM.from_pretrained(f"{folder}/whole")
+        model = parallelize(source, plan, device_type="cpu")
+        del source
+        measured[mode] = peak.stop()
     peak = Peak()
-    with parameters_on_meta():
-        source = LlamaForCausalLM(config)
-    model = parallelize(source, make_plan("llama", LAYOUTS[name], layers=layers), device_type="cpu")
-    model.load_pretrained(folder)
-    highest = peak.stop()
+    model.save_pretrained(f"{folder}/saved", max_shard_size=FILE_BYTES)
+    measured["save"] = peak.stop()
     held = sum(
         entry.value.to_local().nbytes if hasattr(entry.value, "to_local") else entry.value.nbytes
         for entry in model.entries
     )
-    Path(folder, f"measured-{rank}").write_text(f"{highest} {held}")
+    Path(folder, f"measured-{rank}").write_text(json.dumps({"shard": held} | measured))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def gigabytes(number: float) -> str:
+    return f"{number / 1e9:>7.2f} GB"
+
+
 def main() -> None:
-    """Write the checkpoint, load it under each layout and print a table."""
+    """Write the checkpoint, work under each layout and print a table."""
     from transformers import LlamaForCausalLM
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=36)
-    layers = parser.parse_args().layers
+    parser.add_argument("--skip-initialise", action="store_true", help="it draws for minutes")
+    options = parser.parse_args()
+    layers = options.layers
+    modes = ("load",) if options.skip_initialise else ("initialise", "load")
     with tempfile.TemporaryDirectory() as folder:
         whole = LlamaForCausalLM(config_of(layers))
         size = sum(parameter.nbytes for parameter in whole.parameters())
         largest = max(parameter.nbytes for parameter in whole.parameters())
-        whole.save_pretrained(folder, max_shard_size="500MB")
+        whole.save_pretrained(f"{folder}/whole", max_shard_size="500MB")
         del whole
         print(f"model {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
-        print(f"{'':14}{'rank':>5}{'shard':>10}{'+ largest':>11}{'peak':>10}")
+        columns = ("shard", "+ largest", *modes, "save, extra")
+        print(f"{'':14}{'rank':>5}" + "".join(f"{column:>12}" for column in columns))
         for name in LAYOUTS:
-            multiprocessing.spawn(load, args=(folder, name, layers), nprocs=RANKS, join=True)
+            arguments = (folder, name, layers, modes)
+            multiprocessing.spawn(work, args=arguments, nprocs=RANKS, join=True)
             for rank in range(RANKS):
-                text = Path(folder, f"measured-{rank}").read_text()
-                highest, held = (int(number) for number in text.split())
-                print(
-                    f"{name:14}{rank:>5}{held / 1e9:>7.2f} GB{(held + largest) / 1e9:>8.2f} GB"
-                    f"{highest / 1e9:>7.2f} GB",
-                    flush=True,
-                )
+                found = json.loads(Path(folder, f"measured-{rank}").read_text())
+                numbers = [found["shard"], found["shard"] + largest]
+                numbers += [found[mode] for mode in (*modes, "save")]
+                cells = "".join(f"{gigabytes(number):>12}" for number in numbers)
+                print(f"{name:14}{rank:>5}{cells}", flush=True)
 
 
 if __name__ == "__main__":

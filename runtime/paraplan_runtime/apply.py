@@ -75,7 +75,7 @@ def parallelize(
     tied = find_tied(model, stages)
     loss = _take_over_loss(model, ranks, splits)
     fused = fused_parameters(model)
-    state_order = list(model.state_dict())
+    state_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     signature = inspect.signature(model.forward)
     models = [
         (_prepare_stage(model, stages, index, plan, ranks, splits, tied), stages[index])
@@ -99,7 +99,7 @@ def parallelize(
         signature=signature,
         spread_output=splits.head is not None,
         entries=[entry for part, _ in models for entry in stage_entries(part, splits.split)],
-        state_order=state_order,
+        state_dtypes=state_dtypes,
         fused=fused,
         aliases=tied.names,
         finish_gradients=finish,

@@ -63,7 +63,12 @@ def write_safetensors(
 
 
 def _publish(folder: Path, files: list[list[str]], total: int) -> None:
-    """Give the written files their names, and an index if there are several."""
+    """Give the written files their names, and an index if there are several.
+
+    What an earlier model left there goes first: transformers would prefer it.
+    """
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX_FILE):
+        old.unlink(missing_ok=True)
     if len(files) == 1:
         (folder / ".part-0").rename(folder / SINGLE_FILE)
         return

@@ -24,7 +24,8 @@ from paraplan_runtime.batch import (
     split_rows,
     take_micro_batch,
 )
-from paraplan_runtime.files import MAX_SHARD_BYTES, read_safetensors, write_safetensors
+from paraplan_runtime.export import adapter_names, save_adapters, save_whole
+from paraplan_runtime.files import MAX_SHARD_BYTES, read_safetensors
 from paraplan_runtime.gradients import GradientStash, Parameter, put_back, set_aside
 from paraplan_runtime.loss import GlobalLoss, returned_loss, sum_over_ranks
 from paraplan_runtime.mesh import Ranks
@@ -67,7 +68,7 @@ class ParallelModel(nn.Module):
         signature: the whole model's forward.
         spread_output: whether the outputs' last dimension is split over the tensor ranks.
         entries: this rank's entries of the state dict.
-        state_order: the keys of the whole model's state dict.
+        state_dtypes: key -> dtype of the whole model's state dict, as it was built.
         fused: parameters of several parts that tensor ranks would split one by one.
         aliases: keys of tied tensors -> the first key of each.
         finish_gradients: adds up what several ranks computed parts or copies of.
@@ -86,7 +87,7 @@ class ParallelModel(nn.Module):
         signature: inspect.Signature,
         spread_output: bool,
         entries: Sequence[Entry],
-        state_order: Sequence[str],
+        state_dtypes: Mapping[str, torch.dtype],
         fused: Mapping[str, ParameterSplit],
         aliases: Mapping[str, str],
         finish_gradients: Callable[[GradientStash], None],
@@ -105,7 +106,7 @@ class ParallelModel(nn.Module):
         self.entries = entries
         self.fused = fused
         self.aliases = aliases
-        self._state_order = state_order
+        self._state_dtypes = state_dtypes
         self._finish_gradients = finish_gradients
         self._hidden_width = hidden_width
         self._watchdog = watchdog
@@ -147,24 +148,32 @@ class ParallelModel(nn.Module):
         """The whole model's state dict on the CPU, on every rank; every rank must call it."""
         return {
             name: tensor.cpu().clone()
-            for name, tensor in iterate_whole(self.entries, self._state_order, self.ranks)
+            for name, tensor in iterate_whole(self.entries, list(self._state_dtypes), self.ranks)
         }
 
     def save_pretrained(
-        self, save_directory: str | Path, *, max_shard_size: int = MAX_SHARD_BYTES
+        self, save_directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES
     ) -> None:
-        """Write the ordinary checkpoint of the whole model; every rank must call it.
+        """Write what the whole model's own ``save_pretrained`` would; every rank must call it.
+
+        Tensors have the dtype that the model was built in; of a model with adapters, the
+        adapters are written.
 
         Args:
-            max_shard_size: bytes of one safetensors file at most.
+            max_shard_size: of one file at most: bytes, or a text such as ``"5GB"``.
         """
-        folder = Path(save_directory)
-        order = [name for name in self._state_order if name not in self.aliases]
-        write_safetensors(folder, iterate_whole(self.entries, order, self.ranks), max_shard_size)
-        for name in ("config", "generation_config"):
-            settings: Any = getattr(self.stages[0].model, name, None)
-            if self.ranks.speaks and settings is not None:
-                settings.save_pretrained(folder)
+        model, folder = self.stages[0].model, Path(save_directory)
+        adapted = hasattr(model, "peft_config")
+        wanted = adapter_names(model, self._state_dtypes) if adapted else self._state_dtypes
+        order = [name for name in wanted if name not in self.aliases]
+        tensors = (
+            (name, tensor.to(self._state_dtypes[name]))
+            for name, tensor in iterate_whole(self.entries, order, self.ranks)
+        )
+        if adapted:
+            save_adapters(model, tensors, folder)
+        else:
+            save_whole(model, tensors, folder, max_shard_size)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read this rank's shards from an ordinary checkpoint, and nothing else of it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity_cases import build, compute_loss, make_batch, make_plan
+from parity_cases import build, build_lora, compute_loss, make_batch, make_plan
 from parity_work import LAYOUTS as PARITY_LAYOUTS
 
 from paraplan.plan_file import Layout
@@ -165,11 +165,16 @@ def load_model(name: str, layout: str, folder: str) -> list[float]:
     from paraplan_runtime import parallelize, parameters_on_meta
 
     torch.manual_seed(99)
+    plan = make_plan(name, LAYOUTS[layout])
     with parameters_on_meta():
-        source = build(name)
+        source: Any = build(name)
     assert all(parameter.is_meta for parameter in source.parameters())
-    model = parallelize(source, make_plan(name, LAYOUTS[layout]), device_type="cpu")
-    model.load_pretrained(folder)
+    if name == "mixtral":  # stored expert by expert
+        with parameters_on_meta():
+            source = type(source).from_pretrained(folder)
+        model = parallelize(source, plan, device_type="cpu").train()
+    else:
+        model = parallelize(source, plan, device_type="cpu", weights=folder)
     return run(model, None, 0, 2, save=False)
 
 
@@ -181,3 +186,18 @@ def save_and_load(name: str, layouts: list[str], folder: str) -> dict[str, Any]:
         result["files"].append(save_model(name, layout, target))
         result["losses"].append(load_model(name, layouts[number - 1], target))
     return result
+
+
+def save_kinds(folder: str) -> None:
+    """Save what is stored otherwise than it is computed: experts, half precision, adapters."""
+    from paraplan_runtime import parallelize
+
+    def save(model: Any, name: str, layout: str, precision: Any = "fp32") -> None:
+        plan = make_plan(name, LAYOUTS[layout], precision=precision)
+        parallelize(model, plan, device_type="cpu").save_pretrained(
+            f"{folder}/{name}", max_shard_size="40KB"
+        )
+
+    save(build("mixtral"), "mixtral", "tensor-2")
+    save(build("llama").to(torch.bfloat16), "llama", "data-shard-2", "bf16")
+    save(build_lora(), "lora", "pipeline-2")

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from checkpoint_work import (
     resume_with_dropout,
     run,
     save_and_load,
+    save_kinds,
 )
-from parity_cases import build, compute_loss, make_batch
+from parity_cases import build, build_lora, compute_loss, make_batch
 from rank_launch import run_ranks
 
 from paraplan.errors import InputError
 from paraplan_runtime.checkpoint_folder import begin, find_latest, publish
+from paraplan_runtime.files import stored_tensors
 
 
 def close(got: list[float], want: list[float]) -> bool:
@@ -189,3 +192,33 @@ def test_the_model_is_saved_whole_and_loaded_in_slices(
         again = type(whole).from_pretrained(tmp_path / str(number))
         loss = compute_loss(again, make_batch(0), plain=False)
         torch.testing.assert_close(loss, compute_loss(whole, make_batch(0), plain=False))
+
+
+def stored_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        names |= {tensor.name for tensor in stored_tensors(path)}
+    return names
+
+
+# peft asks for a property that transformers 5 renames.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_experts_half_precision_and_adapters_are_saved_as_usual(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    run_ranks(2, save_kinds, str(tmp_path / "ours"))
+    wanted: dict[str, Any] = {
+        "mixtral": build("mixtral"),
+        "llama": build("llama").to(torch.bfloat16),
+        "lora": build_lora(),
+    }
+    for name, model in wanted.items():
+        model.save_pretrained(tmp_path / name)
+        assert stored_names(tmp_path / "ours" / name) == stored_names(tmp_path / name)
+        folder = tmp_path / "ours" / name
+        if name == "lora":
+            again = peft.PeftModel.from_pretrained(build("llama"), folder)
+        else:
+            again = type(model).from_pretrained(folder)
+        for path, value in model.state_dict().items():
+            found = again.state_dict()[path]
+            assert found.dtype == value.dtype and torch.equal(found, value), path
