@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from paraplan.collectives import transfer_seconds
 from paraplan.pipeline import critical_paths, interleaved_seconds
 from paraplan.plan_file import Layout
 from paraplan.problem import Problem, chain_cost
@@ -22,7 +23,8 @@ MODES = ("none", "selective", "full")
 def all_layouts(problem: Problem) -> Iterator[Layout]:
     """Every layout of the search space, by plain nested loops."""
     graph, n = problem.graph, problem.cluster.devices
-    batch, node = problem.workload.global_batch, problem.cluster.devices_per_node
+    batch = problem.workload.global_batch
+    node = math.gcd(*(kind.cluster.devices_per_node for kind in problem.parts or (problem,)))
     numbers = [d for d in range(1, n + 1) if n % d == 0]
     layers = sum(graph.blocks[item.block].role == "layer" for item in graph.chain)
     blocks = len(graph.chain)
@@ -104,9 +106,15 @@ def stage_best(
     return forward, backward, tail + _tied_exchange_seconds(chain, runs)
 
 
-def layout_best(problem: Problem, layout: Layout) -> float:
-    """Least step time of a layout over all cuts and recompute choices; inf if none fits."""
-    chain = chain_cost(problem, layout)
+def layout_best(problem: Problem, layout: Layout, kinds: Sequence[Problem] = ()) -> float:
+    """Least step time of a layout over all cuts and recompute choices; inf if none fits.
+
+    Args:
+        kinds: for each pipeline rank, the problem on its kind of devices, where there are two;
+            each kind is one node.
+    """
+    chains = [chain_cost(kind, layout) for kind in kinds or [problem] * layout.pipeline]
+    chain = chains[0]
     length, p, v = len(chain.shape.kind_at), layout.pipeline, layout.virtual_stages
     m = layout.micro_batches
     if v > 1:
@@ -130,12 +138,22 @@ def layout_best(problem: Problem, layout: Layout) -> float:
             depth = (
                 min(m, p - rank) if v == 1 else min(m * v, 2 * (p - rank - 1) + (v - 1) * p + 1) / v
             )
-            if (depth, runs) not in memo:
-                memo[depth, runs] = stage_best(chain, depth, runs)
-            stages.append(memo[depth, runs])
+            key = (depth, runs, chains[rank].device.name)
+            if key not in memo:
+                memo[key] = stage_best(chains[rank], depth, runs)
+            stages.append(memo[key])
         if any(stage is None for stage in stages):
             continue
         links = [chain.transfer_seconds(i % p, cuts[i + 1]) for i in range(p * v - 1)]
+        if kinds:
+            links = [
+                transfer_seconds(
+                    chain.cut_bytes[cuts[i + 1]],
+                    between_nodes=kinds[i] is not kinds[i + 1],
+                    cluster=kinds[i].cluster,
+                )
+                for i in range(p - 1)
+            ]
         forward = [s[0] for s in stages if s]
         backward = [s[1] for s in stages if s]
         tail = max(s[2] for s in stages if s)
@@ -154,6 +172,21 @@ def layout_best(problem: Problem, layout: Layout) -> float:
                 path.seconds(forward, backward, [*links, 0.0]) for path in critical_paths(p, m)
             )
         best = min(best, work + tail)
+    return best
+
+
+def two_kinds_optimum(problem: Problem) -> float:
+    """Least step time over either kind alone, and over both in either order."""
+    best = min(optimum(part) for part in problem.parts)
+    for first, second in (problem.parts, problem.parts[::-1]):
+        for layout in all_layouts(problem):
+            size = layout.devices // layout.pipeline
+            if first.cluster.devices % size or second.cluster.devices % size:
+                continue
+            if layout.virtual_stages == 1:
+                here = [first] * (first.cluster.devices // size)
+                there = [second] * (second.cluster.devices // size)
+                best = min(best, layout_best(problem, layout, [*here, *there]))
     return best
 
 

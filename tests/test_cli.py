@@ -243,8 +243,8 @@ def options_of(*command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 def test_a_new_option_is_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     expected = (
         "--model --gpus --device --gpus-per-node --cluster --global-batch --seq-len --precision "
-        "--optimizer --memory-limit --memory --scale --fix --trust-remote-code --allow --top --output --json "
-        "--quiet --verbose --version --print-completion --help --why-not"
+        "--optimizer --memory-limit --memory --scale --fix --trust-remote-code --allow --top "
+        "--output --json --quiet --verbose --version --print-completion --help --why-not"
     )
     assert options_of(capsys=capsys) == set(expected.split())
 

@@ -36,8 +36,8 @@ planning
 report
 timeline explain
 what_if_file
-training_cost sizing what_if_axes sweep
-what_if
+training_cost sizing sensitivity what_if_axes sweep
+what_if_rows
 what_if_options what_if_report
 what_if_command
 page_parts

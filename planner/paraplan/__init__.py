@@ -22,30 +22,42 @@ if TYPE_CHECKING:
     from paraplan.plan_file import save_plan as save_plan
     from paraplan.planning import estimate as estimate
     from paraplan.planning import plan as plan
+    from paraplan.what_if_file import WhatIf as WhatIf
+    from paraplan.what_if_file import WhatIfPoint as WhatIfPoint
+    from paraplan.what_if_file import load_what_if as load_what_if
+    from paraplan.what_if_rows import what_if as what_if
 
 _HOME = {
     "Cluster": "cluster",
     "InfeasibleError": "errors",
     "InputError": "errors",
     "Plan": "plan_file",
+    "WhatIf": "what_if_file",
+    "WhatIfPoint": "what_if_file",
     "enable_advanced_parallelization": "one_line",
     "estimate": "planning",
     "load_plan": "plan_file",
+    "load_what_if": "what_if_file",
     "parallelize": "one_line",
     "plan": "planning",
     "save_plan": "plan_file",
+    "what_if": "what_if_rows",
 }
 __all__ = [
     "Cluster",
     "InfeasibleError",
     "InputError",
     "Plan",
+    "WhatIf",
+    "WhatIfPoint",
     "enable_advanced_parallelization",
     "estimate",
     "load_plan",
+    "load_what_if",
     "parallelize",
     "plan",
     "save_plan",
+    "what_if",
 ]
 
 

@@ -118,7 +118,7 @@ class Cluster(Frozen):
     """Groups of equal nodes and the network between them.
 
     Attributes:
-        node_groups: one for now; more can be described but not planned for yet.
+        node_groups: one, or two of different devices.
         link_between: one device's share of the network between nodes.
         price_per_device_hour: in US dollars, instead of the device's.
     """
@@ -178,10 +178,25 @@ class Cluster(Frozen):
     def _only_group(self) -> NodeGroup:
         if len(self.node_groups) > 1:
             raise InputError(
-                f"{self.name}: clusters of two kinds of nodes cannot be planned yet",
-                hint="describe one group of nodes",
+                f"{self.name} has {len(self.node_groups)} kinds of nodes, which have no size, "
+                "memory or device in common to change",
+                hint="change them in the cluster's file",
             )
         return self.node_groups[0]
+
+    @cached_property
+    def kinds(self) -> tuple[Cluster, ...]:
+        """The nodes of each kind as a cluster of their own; this one if there is one kind."""
+        if len(self.node_groups) == 1:
+            return (self,)
+        return tuple(
+            self._copy({"node_groups": (group,), "name": f"{self.name}/{group.device.name}"})
+            for group in self.node_groups
+        )
+
+    def reversed(self) -> Cluster:
+        """The same with the kinds of nodes in the other order."""
+        return self._copy({"node_groups": self.node_groups[::-1]})
 
     @cached_property
     def sha256(self) -> str:
@@ -218,10 +233,13 @@ class Cluster(Frozen):
 
     def scaled(self, what: str, factor: float) -> Cluster:
         """A copy with ``factor`` times the rate of ``what``, a name of `request.SCALABLE`."""
-        if what == "link_inside":
-            return self.with_link_inside_scaled(factor)
         if what == "link_between":
             return self.with_link_between_scaled(factor)
+        if len(self.node_groups) > 1:
+            groups = tuple(kind.scaled(what, factor).node_groups[0] for kind in self.kinds)
+            return self._copy({"node_groups": groups})
+        if what == "link_inside":
+            return self.with_link_inside_scaled(factor)
         rates = {"compute": 1.0, "memory_bandwidth": 1.0, what: factor}
         device = self.device.with_rates_scaled(**rates)
         return self._with_group(self._only_group.model_copy(update={"device": device}))

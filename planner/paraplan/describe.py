@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 
 from paraplan.block_cost import BlockCost
 from paraplan.graph import Recompute
@@ -15,6 +16,7 @@ from paraplan.plan_file import (
     Layout,
     MemoryParts,
     ModelInfo,
+    NodeKind,
     Plan,
     Prediction,
     Proof,
@@ -26,7 +28,7 @@ from paraplan.plan_file import (
 )
 from paraplan.problem import Problem
 from paraplan.search import Found, SearchResult
-from paraplan.stage_cost import ChainCost, StageCost
+from paraplan.stage_cost import StageCost
 from paraplan.stage_times import layer_modes, simulated_step, stage_times
 from paraplan.workload import COMPUTE_DTYPE
 
@@ -45,7 +47,7 @@ def describe(
     problem: Problem, found: Found, proof: Proof, runner_ups: Sequence[Found], notes: Sequence[str]
 ) -> Plan:
     """The plan for a layout and its stages."""
-    graph, cluster = problem.graph, problem.cluster
+    graph = problem.graph
     return Plan(
         tool_version=tool_version(),
         model=ModelInfo(
@@ -56,15 +58,7 @@ def describe(
             trainable_parameter_count=graph.trainable_parameter_count,
         ),
         workload=problem.workload,
-        cluster=ClusterInfo(
-            name=cluster.name,
-            device=problem.device.name,
-            devices=cluster.devices,
-            devices_per_node=cluster.devices_per_node,
-            nodes=cluster.nodes,
-            cluster_sha256=cluster.sha256,
-            device_sha256=problem.device.sha256,
-        ),
+        cluster=_cluster_info(problem),
         layout=Layout.model_validate(found.layout.model_dump()),
         mesh=mesh_axes(found.layout),
         needs_unsupported=unsupported_fields(found.layout),
@@ -81,6 +75,28 @@ def describe(
             for other in runner_ups
         ),
         assumptions=tuple(notes),
+    )
+
+
+def _cluster_info(problem: Problem) -> ClusterInfo:
+    cluster, kinds = problem.cluster, problem.parts or (problem,)
+    return ClusterInfo(
+        name=cluster.name,
+        device=" + ".join(kind.device.name for kind in kinds),
+        devices=cluster.devices,
+        devices_per_node=min(kind.cluster.devices_per_node for kind in kinds),
+        nodes=cluster.nodes,
+        cluster_sha256=cluster.sha256,
+        device_sha256=" + ".join(kind.device.sha256 for kind in kinds),
+        kinds=tuple(
+            NodeKind(
+                device=part.device.name,
+                devices=part.cluster.devices,
+                devices_per_node=part.cluster.devices_per_node,
+                capacity_bytes=int(part.capacity_bytes),
+            )
+            for part in problem.parts
+        ),
     )
 
 
@@ -121,22 +137,35 @@ def no_proof(seconds: float) -> Proof:
 def predict(problem: Problem, found: Found) -> Prediction:
     """Time and memory of a layout with its stages chosen."""
     step = found.staged.step_seconds
-    workload, cluster = problem.workload, problem.cluster
-    fullest = max(_memory(stage).total for stage in found.staged.stages)
-    peak = problem.device.peak_flops_per_second[COMPUTE_DTYPE[workload.precision]].value
+    workload, stages = problem.workload, found.staged.stages
+    rank = max(range(len(stages)), key=lambda s: _memory(stages[s]).total)
+    fullest, capacity = _memory(stages[rank]).total, _capacity_bytes(problem, found, rank)
+    dtype = COMPUTE_DTYPE[workload.precision]
+    peak = sum(
+        kind.device.peak_flops_per_second[dtype].value * kind.cluster.devices
+        for kind in problem.parts or (problem,)
+    )
     flops = problem.graph.model_flops_per_sequence * workload.global_batch
     breakdown = _breakdown(found)
     return Prediction(
         step_seconds=rounded(step),
         simulated_seconds=rounded(simulated_step(found)),
         tokens_per_second=rounded(workload.global_batch * workload.sequence_length / step),
-        mfu=rounded(flops / step / (peak * cluster.devices)),
+        mfu=rounded(flops / step / peak),
         peak_memory_bytes=fullest,
-        capacity_bytes=int(problem.capacity_bytes),
-        fits=fullest <= problem.capacity_bytes,
+        capacity_bytes=int(capacity),
+        fits=fullest <= capacity,
         breakdown=breakdown,
-        basis=_basis(found.chain),
+        basis=_basis(found),
     )
+
+
+def _capacity_bytes(problem: Problem, found: Found, rank: int) -> float:
+    """What a plan may use of a device that holds a pipeline rank."""
+    if not problem.parts:
+        return problem.capacity_bytes  # an estimate that does not fit is costed at a larger one
+    first = problem.parts[0].cluster.devices * found.layout.pipeline // found.layout.devices
+    return problem.parts[0 if rank < first else 1].capacity_bytes
 
 
 def rounded(value: float) -> float:
@@ -190,7 +219,9 @@ def _breakdown(found: Found) -> Breakdown:
     passes: defaultdict[str, float] = defaultdict(float)
     for index in range(rank, len(done.cuts) - 1, layout.pipeline):
         for i in range(done.cuts[index], done.cuts[index + 1]):
-            _add_passes(passes, chain.costs[chain.shape.kind_at[i]], modes.get(i, "none"))
+            _add_passes(
+                passes, chain.of_rank(rank).costs[chain.shape.kind_at[i]], modes.get(i, "none")
+            )
     whole = _pipeline_seconds(found, done.transfers)
     without = _pipeline_seconds(found, [0.0] * layout.pipeline)
     tail = max(s.tail_seconds for s in done.stages)
@@ -235,10 +266,12 @@ def _pipeline_seconds(found: Found, transfers: Sequence[float]) -> float:
     )
 
 
-def _basis(chain: ChainCost) -> TimeBasis:
+def _basis(found: Found) -> TimeBasis:
     shares = {"measured": 0.0, "interpolated": 0.0, "modelled": 0.0}
-    for before, cost in zip(chain.shape.counts_before, chain.costs, strict=True):
-        for name in shares:
-            shares[name] += before[-1] * getattr(cost.compute, name)
+    for index, (first, end) in enumerate(pairwise(found.staged.cuts)):
+        costs = found.chain.of_rank(index % found.layout.pipeline).costs
+        for before, cost in zip(found.chain.shape.counts_before, costs, strict=True):
+            for name in shares:
+                shares[name] += (before[end] - before[first]) * getattr(cost.compute, name)
     total = sum(shares.values()) or 1.0
     return TimeBasis(**{name: round(value / total, 6) for name, value in shares.items()})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from paraplan.layouts import Family, enumerate_families
-from paraplan.partition import fixed_cuts, smallest_bottleneck, staged
+from paraplan.partition import feasible, fixed_cuts, staged
 from paraplan.plan_file import Layout
 from paraplan.problem import Problem, chain_cost
 from paraplan.stage_cost import ChainCost
@@ -25,17 +23,17 @@ def fits(chain: ChainCost) -> bool:
     cuts = fixed_cuts(chain)
     if cuts is not None:
         return staged(chain, cuts) is not None
-    return smallest_bottleneck(chain) is not None
+    return feasible(chain)
 
 
 def needed_capacity_bytes(chain: ChainCost) -> float:
     """The smallest capacity of a device at which a layout fits, to 1 MiB."""
     low, high = chain.capacity_bytes, chain.capacity_bytes
-    while not fits(replace(chain, capacity_bytes=high, memo={})):
+    while not fits(chain.with_capacity(high)):
         low, high = high, 2 * high
     while high - low > 2**20:
         middle = (low + high) / 2
-        if fits(replace(chain, capacity_bytes=middle, memo={})):
+        if fits(chain.with_capacity(middle)):
             high = middle
         else:
             low = middle
@@ -47,7 +45,7 @@ def least_needed_bytes(problem: Problem) -> float | None:
     best: float | None = None
     for family in _lean_families(problem):
         chain = chain_cost(problem, leanest(family))
-        if best is None or fits(replace(chain, capacity_bytes=best - 2**20, memo={})):
+        if best is None or fits(chain.with_capacity(best - 2**20)):
             best = needed_capacity_bytes(chain)
     return best
 

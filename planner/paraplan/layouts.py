@@ -55,12 +55,14 @@ class Space:
     Attributes:
         devices, devices_per_node: of the cluster.
         global_batch: sequences of one step.
+        kinds: devices of each kind, where there are two: stages lie on one kind or the other.
     """
 
     graph: ModelGraph
     devices: int
     devices_per_node: int
     global_batch: int
+    kinds: tuple[int, ...] = ()
 
     @cached_property
     def blocks(self) -> int:
@@ -143,6 +145,7 @@ def check_layout(space: Space, layout: Layout) -> str | None:
         )
     return (
         _mesh_reason(space, layout.tensor, layout.context, layout.expert, layout.pipeline)
+        or _kinds_reason(space, layout.pipeline)
         or _data_reason(space, layout.data_ranks)
         or _schedule_reason(space, layout.pipeline, layout.virtual_stages, layout.micro_batches)
     )
@@ -159,6 +162,8 @@ def pin_reason(space: Space, constraints: Constraints) -> str | None:
         return f"{words} = {product} does not go into {space.devices} devices"
     tensor, pipeline = fixed.get("tensor", 1), fixed.get("pipeline", 1)
     reason = _mesh_reason(space, tensor, fixed.get("context", 1), fixed.get("expert", 1), pipeline)
+    if reason is None and "pipeline" in fixed:
+        reason = _kinds_reason(space, pipeline)
     if reason:
         return reason
     sharing = ("data_replicate", "data_shard", "micro_batch_size", "micro_batches")
@@ -210,6 +215,13 @@ def _mesh_reason(space: Space, tensor: int, context: int, expert: int, pipeline:
     return None
 
 
+def _kinds_reason(space: Space, pipeline: int) -> str | None:
+    if any(devices % (space.devices // pipeline) for devices in space.kinds):
+        kinds = " and ".join(map(str, space.kinds))
+        return f"pipeline({pipeline}) has a stage on both kinds of devices ({kinds}) at once"
+    return None
+
+
 def _data_reason(space: Space, data_ranks: int) -> str | None:
     if space.global_batch % data_ranks:
         return f"global batch {space.global_batch} does not divide over {data_ranks} data ranks"
@@ -223,6 +235,8 @@ def _schedule_reason(
         return too_few_micro_batches(pipeline)
     if virtual_stages == 1:
         return None
+    if space.kinds:
+        return "interleaved chunks are of equal size, which suits no two kinds of devices"
     if interleaved_chunks(space.graph, pipeline * virtual_stages) is None:
         return (
             f"interleaved chunks are of equal size: {space.layers} layers do not divide over "
@@ -274,8 +288,10 @@ def _meshes(space: Space, constraints: Constraints, excluded: Counter[str]) -> I
             for context in degrees("context", rest, "context" in constraints.allow):
                 data_ranks = rest // context
                 for expert in degrees("expert", rest, "expert" in constraints.allow):
-                    reason = _mesh_reason(space, tensor, context, expert, pipeline) or _data_reason(
-                        space, data_ranks
+                    reason = (
+                        _mesh_reason(space, tensor, context, expert, pipeline)
+                        or _kinds_reason(space, pipeline)
+                        or _data_reason(space, data_ranks)
                     )
                     if reason:
                         excluded[reason] += 1
@@ -326,6 +342,8 @@ def _schedules(
 ) -> Iterator[tuple[int, int, Schedule, int]]:
     """Micro-batch size and number, schedule and virtual stages that go with a mesh."""
     virtuals = _virtual_stage_counts(space.blocks, space.layers, space.plain, mesh.pipeline)
+    if space.kinds:
+        virtuals = ()
     for size in divisors(per_rank):
         count = per_rank // size
         if not (permits("micro_batch_size", size) and permits("micro_batches", count)):

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from paraplan.layouts import interleaved_chunks
-from paraplan.pipeline import interleaved_seconds, least_seconds, one_f_one_b_seconds
+from paraplan.pipeline import (
+    balanced_seconds,
+    interleaved_seconds,
+    least_seconds,
+    one_f_one_b_seconds,
+)
 from paraplan.stage_cost import ChainCost, Runs, StageCost, stage_cost
 
 BOTTLENECK_TOLERANCE = 1e-4  # a looser bound is still a bound; best_cuts decides exactly
@@ -113,12 +118,35 @@ def time_bound(chain: ChainCost) -> float:
     work = chain.plain_seconds[-1]
     largest = max(cost.forward + cost.backward["none"] for cost in chain.costs)
     return tail_bound(chain) + least_seconds(
-        work, layout.pipeline, layout.micro_batches, layout.virtual_stages, largest
+        work,
+        layout.pipeline,
+        layout.micro_batches,
+        layout.virtual_stages,
+        max(largest, _balanced(chain)),
     )
 
 
-def smallest_bottleneck(chain: ChainCost) -> tuple[float, Cuts] | None:
+def _balanced(chain: ChainCost) -> float:
+    """No bottleneck is shorter: work spread evenly, and on two kinds each block where it suits."""
+    counts = [before[-1] for before in chain.shape.counts_before]
+    kinds = chain.parts or (chain,)
+    each = [[cost.forward + cost.backward["none"] for cost in kind.costs] for kind in kinds]
+    ends = [*(kind.first_stage for kind in kinds[1:]), chain.layout.pipeline]
+    stages = [end - kind.first_stage for kind, end in zip(kinds, ends, strict=True)]
+    return balanced_seconds(counts, each, stages)
+
+
+def feasible(chain: ChainCost) -> bool:
+    """Whether any cuts of a 1F1B layout fit in memory."""
+    return _reach(chain, math.inf) is not None
+
+
+def smallest_bottleneck(
+    chain: ChainCost, *, hopeless_seconds: float = math.inf
+) -> tuple[float, Cuts] | None:
     """A lower bound on the slowest stage's time, and cuts close to it; None if nothing fits.
+
+    The bound is as tight as bisection makes it, or ``hopeless_seconds`` if it exceeds that.
 
     Bisection over `StageCost.core_seconds`; for each value every stage reaches as far as it can.
     That time and a stage's memory never shrink when it holds more blocks, so reaching far is
@@ -127,9 +155,11 @@ def smallest_bottleneck(chain: ChainCost) -> tuple[float, Cuts] | None:
     high_cuts = _reach(chain, math.inf)
     if high_cuts is None:
         return None
-    low = chain.plain_seconds[-1] / chain.layout.pipeline
+    low = _balanced(chain)
     best = high_cuts
     high = _bottleneck(chain, best)
+    if hopeless_seconds < high and _reach(chain, hopeless_seconds) is None:
+        return hopeless_seconds, best
     while high - low > BOTTLENECK_TOLERANCE * high:
         middle = (low + high) / 2
         cuts = _reach(chain, middle)

@@ -178,3 +178,37 @@ def least_seconds(
     if stages == 1:
         return micro_batches * work
     return max(work * (1 + (micro_batches - 1) / stages), micro_batches * top)
+
+
+def balanced_seconds(
+    counts: Sequence[int], seconds: Sequence[Sequence[float]], stages: Sequence[int]
+) -> float:
+    """The least possible time of the slowest stage, were blocks divisible and in any order.
+
+    On one kind of devices the mean. On two, the blocks that gain most from the first kind go
+    there until both kinds take as long.
+
+    Args:
+        counts: blocks of each sort.
+        seconds: for each kind of devices, of one block of each sort.
+        stages: that each kind holds.
+    """
+    if len(stages) == 1:
+        work = sum(n * t for n, t in zip(counts, seconds[0], strict=True))
+        return work / stages[0]
+    sorts = [
+        (n * first, n * second)
+        for n, first, second in zip(counts, *seconds, strict=True)
+        if n and (first or second)
+    ]
+    sorts.sort(key=lambda times: times[0] / times[1] if times[1] else float("inf"))
+    here, there = 0.0, sum(second for _, second in sorts)
+    for first, second in sorts:
+        after, left = here + first, there - second
+        if after / stages[0] >= left / stages[1]:
+            # With a share of this sort on the first kind, both kinds take equally long.
+            gap = there / stages[1] - here / stages[0]
+            share = gap / (first / stages[0] + second / stages[1])
+            return float(here + share * first) / stages[0]
+        here, there = after, left
+    return here / stages[0]

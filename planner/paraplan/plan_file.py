@@ -327,8 +327,23 @@ class ModelInfo(_Frozen):
     trainable_parameter_count: int
 
 
+class NodeKind(_Frozen):
+    """Equal nodes of a cluster that has two kinds of them."""
+
+    device: str
+    devices: Degree
+    devices_per_node: Degree
+    capacity_bytes: Bytes
+
+
 class ClusterInfo(_Frozen):
-    """Which devices the plan was made for; the hashes are of the profile files' content."""
+    """Which devices the plan was made for; the hashes are of the profile files' content.
+
+    Attributes:
+        kinds: where stages lie on two kinds of nodes, both, in the order of the ranks: ranks 0 to
+            ``devices - 1`` of the first kind hold the first stages. Empty for one kind;
+            ``device`` names both, ``devices_per_node`` is the smaller one.
+    """
 
     name: str
     device: str
@@ -337,6 +352,7 @@ class ClusterInfo(_Frozen):
     nodes: Degree
     cluster_sha256: str
     device_sha256: str
+    kinds: tuple[NodeKind, ...] = ()
 
 
 class RunnerUp(_Frozen):
@@ -374,6 +390,10 @@ class Plan(_Frozen):
                 f"tensor({layout.tensor}) * context({layout.context}) * "
                 f"pipeline({layout.pipeline}) != devices({cluster.devices})"
             )
+        if cluster.kinds and sum(kind.devices for kind in cluster.kinds) != cluster.devices:
+            raise ValueError("devices of the cluster's kinds do not add up to its devices")
+        if any(kind.devices % (layout.devices // layout.pipeline) for kind in cluster.kinds):
+            raise ValueError("a stage lies on both kinds of devices")
         if layout.global_batch != workload.global_batch:
             raise ValueError(
                 f"data ranks({layout.data_ranks}) * micro_batch_size({layout.micro_batch_size}) * "
@@ -397,6 +417,28 @@ class Plan(_Frozen):
         if tuple(self.mesh) != mesh_axes(layout):
             raise ValueError("mesh does not follow from layout")
         return self
+
+
+def kind_of(plan: Plan, pipeline_rank: int) -> NodeKind | None:
+    """The kind of nodes that holds a pipeline rank; None where there is only one."""
+    end = 0
+    for kind in plan.cluster.kinds:
+        end += kind.devices * plan.layout.pipeline // plan.layout.devices
+        if pipeline_rank < end:
+            return kind
+    return None
+
+
+def capacity_of(plan: Plan, pipeline_rank: int) -> int:
+    """Bytes that a plan may use of a device that holds a pipeline rank."""
+    kind = kind_of(plan, pipeline_rank)
+    return plan.prediction.capacity_bytes if kind is None else kind.capacity_bytes
+
+
+def device_of(plan: Plan, pipeline_rank: int) -> str:
+    """Name of the devices that hold a pipeline rank."""
+    kind = kind_of(plan, pipeline_rank)
+    return plan.cluster.device if kind is None else kind.device
 
 
 # What the runtime cannot apply yet: the one list that planner and runtime both read. Everything

@@ -25,7 +25,7 @@ from paraplan.layouts import (
     tensor_degrees,
 )
 from paraplan.plan_file import Plan
-from paraplan.problem import Problem
+from paraplan.problem import Problem, arrangements
 from paraplan.request import (
     GIB,
     MEMORY_FRACTION,
@@ -35,7 +35,7 @@ from paraplan.request import (
     resolve,
 )
 from paraplan.request import Request as Request
-from paraplan.search import estimate_layout, search
+from paraplan.search import Found, estimate_layout, search
 from paraplan.trace_cache import model_graph
 from paraplan.workload import default_global_batch
 
@@ -83,13 +83,14 @@ def estimate(model: str, *, report: Reporter = _silent, **options: Any) -> Plan:
 def plan_request(request: Request, *, report: Reporter = _silent) -> Plan:
     """`plan` for a `Request`."""
     question = resolve(request)
-    return plan_problem(
-        problem_of(question, graph_of(question, report=report)), question, report=report
-    )
+    problem = problem_of(question, graph_of(question, report=report))
+    return plan_problem(problem, question, report=report)
 
 
 def plan_problem(problem: Problem, question: Question, *, report: Reporter = _silent) -> Plan:
     """`plan` for a question whose model is traced.
+
+    On two kinds of devices the fastest of four: either kind alone, and both in either order.
 
     Raises:
         InputError: a pinned layout that cannot be.
@@ -98,22 +99,36 @@ def plan_problem(problem: Problem, question: Question, *, report: Reporter = _si
     request = question.request
     if isinstance(request.top, bool) or not isinstance(request.top, int) or request.top < 1:
         raise InputError(f"top is {request.top!r}; a whole number from 1 on is wanted")
-    reason = pin_reason(problem.space, problem.constraints)
-    if reason:
+    arranged = arrangements(problem)
+    reasons = [pin_reason(one.space, one.constraints) for one in arranged]
+    if all(reasons):
         raise ImpossibleError(
             f"no layout of {problem.graph.name} on {problem.cluster.devices} devices is possible: "
-            f"{reason}",
+            f"{reasons[0]}",
             hint="leave out some of --fix, or change --gpus or --global-batch",
         )
-    found = search(
+    result = search(
         problem,
         runner_ups=request.top - 1,
         time_limit_seconds=request.time_limit_seconds,
         report=report,
     )
-    if found is None:
+    if result is None:
         raise _infeasible(problem, request)
-    return describe(problem, found.best, proof_of(found), found.runner_ups, question.notes)
+    best = next(one for one in arranged if one.cluster == result.best.chain.cluster)
+    notes = [*question.notes, *_idle(problem, best)]
+    return describe(best, result.best, proof_of(result), result.runner_ups, notes)
+
+
+def _idle(problem: Problem, best: Problem) -> list[str]:
+    """That the plan leaves a kind of nodes out, if it does."""
+    if best.cluster.devices == problem.cluster.devices:
+        return []
+    return [
+        f"{part.cluster.devices} x {part.device.name} idle: any plan with them is slower"
+        for part in problem.parts
+        if part.cluster != best.cluster
+    ]
 
 
 def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
@@ -125,11 +140,23 @@ def estimate_request(request: Request, *, report: Reporter = _silent) -> Plan:
         request = replace(request, gpus=math.prod(fixed.get(name, 1) for name in degrees))
     problem, notes = make_problem(request, report=report)
     layout = layout_from_fixed(fixed, global_batch=problem.workload.global_batch)
-    reason = check_layout(problem.space, layout)
-    if reason:
-        raise ImpossibleError(f"impossible layout: {reason}")
-    found = estimate_layout(problem, layout)
-    return describe(problem, found, no_proof(time.perf_counter() - began), (), notes)
+    arranged = arrangements(problem)
+    reasons = [check_layout(one.space, layout) for one in arranged]
+    if all(reasons):
+        raise ImpossibleError(f"impossible layout: {reasons[0]}")
+    found = [
+        (one, estimate_layout(one, layout))
+        for one, reason in zip(arranged, reasons, strict=True)
+        if reason is None
+    ]
+    best, estimated = min(found, key=lambda pair: _slowness(*pair))
+    return describe(best, estimated, no_proof(time.perf_counter() - began), (), notes)
+
+
+def _slowness(problem: Problem, found: Found) -> tuple[bool, float]:
+    """Orders arrangements of one layout: what fits first, then the fastest."""
+    grown = found.chain.capacity_bytes > problem.capacity_bytes
+    return grown, found.staged.step_seconds
 
 
 def make_problem(request: Request, *, report: Reporter = _silent) -> tuple[Problem, list[str]]:
@@ -149,24 +176,41 @@ def trace_settings(question: Question) -> TraceSettings:
     return {
         "sequence_length": question.workload.sequence_length,
         "compute_dtype": "float32" if question.workload.precision == "fp32" else "bfloat16",
-        "tensor_degrees": tensor_degrees(question.cluster.devices_per_node),
+        "tensor_degrees": tuple(
+            sorted(
+                {
+                    degree
+                    for kind in question.cluster.kinds
+                    for degree in tensor_degrees(kind.devices_per_node)
+                }
+            )
+        ),
     }
 
 
 def problem_of(question: Question, graph: ModelGraph) -> Problem:
     """A question with its traced model."""
-    return Problem(
-        graph=graph,
-        cluster=question.cluster,
-        device=question.cluster.device,
-        workload=question.workload,
-        capacity_bytes=question.capacity_bytes,
-        constraints=question.constraints,
+    kinds = tuple(
+        Problem(
+            graph=graph,
+            cluster=kind,
+            device=kind.device,
+            workload=question.workload,
+            capacity_bytes=capacity,
+            constraints=question.constraints,
+        )
+        for kind, capacity in zip(question.cluster.kinds, question.capacities_bytes, strict=True)
     )
+    if len(kinds) == 1:
+        return kinds[0]
+    capacity = max(question.capacities_bytes)
+    return replace(kinds[0], cluster=question.cluster, capacity_bytes=capacity, parts=kinds)
 
 
 def _infeasible(problem: Problem, request: Request) -> PlanError:
     """Says what is missing and what would help."""
+    if problem.parts:
+        return _infeasible_on_two_kinds(problem)
     devices, capacity = problem.cluster.devices, problem.capacity_bytes
     name = problem.graph.name
     families, excluded = enumerate_families(problem.space, problem.constraints)
@@ -192,6 +236,22 @@ def _infeasible(problem: Problem, request: Request) -> PlanError:
     usable = MEMORY_FRACTION if request.memory_limit_gib is None else 1.0
     helps.append(f"with devices of {math.ceil(needed / usable / GIB)} GiB")
     return InfeasibleError(message, hint="it fits " + ", or ".join(helps))
+
+
+def _infeasible_on_two_kinds(problem: Problem) -> PlanError:
+    needed = [least_needed_bytes(one) for one in arrangements(problem)]
+    name, where = problem.graph.name, problem.cluster.name
+    if not any(needed):
+        return ImpossibleError(
+            f"no layout of {name} on {where} is possible: stages hold a whole number of devices of "
+            "one kind, and there are at least two",
+            hint="leave out some of --fix, or change --global-batch",
+        )
+    least = min(one for one in needed if one)
+    return InfeasibleError(
+        f"no plan fits: {name} on {where}, on neither kind of devices nor on both",
+        hint=f"it fits with devices of {math.ceil(least / GIB)} GiB, or on more of them",
+    )
 
 
 def _enough_devices(problem: Problem, request: Request) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import gcd
 
-from paraplan.block_cost import BlockCompute, Numerics, block_compute, block_cost
+from paraplan.block_cost import BlockCompute, BlockCost, Numerics, block_compute, block_cost
 from paraplan.cluster import Cluster
 from paraplan.device import Device
 from paraplan.graph import ModelGraph
@@ -20,7 +21,9 @@ class Problem:
     """What is planned: everything that the cost of a layout depends on.
 
     Attributes:
-        capacity_bytes: what one device may use.
+        capacity_bytes: what one device may use (of two kinds, the one with more).
+        parts: where stages lie on two kinds of devices, the problem of each kind, in the order of
+            the stages; ``cluster`` is then both together and ``device`` the first one's.
         computes: block costs shared by all layouts that compute alike (a memo, filled on use).
     """
 
@@ -30,6 +33,7 @@ class Problem:
     workload: Workload
     capacity_bytes: float
     constraints: Constraints = field(default_factory=Constraints)
+    parts: tuple[Problem, ...] = ()
     computes: dict[object, tuple[BlockCompute, ...]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -40,11 +44,14 @@ class Problem:
     @cached_property
     def space(self) -> Space:
         """Sizes that bound the layouts."""
+        kinds = tuple(part.cluster.devices for part in self.parts)
+        nodes = [part.cluster.devices_per_node for part in self.parts or (self,)]
         return Space(
             graph=self.graph,
             devices=self.cluster.devices,
-            devices_per_node=self.cluster.devices_per_node,
+            devices_per_node=gcd(*nodes),
             global_batch=self.workload.global_batch,
+            kinds=kinds,
         )
 
     @cached_property
@@ -78,8 +85,36 @@ def computes_of(problem: Problem, layout: Layout) -> tuple[BlockCompute, ...]:
     return problem.computes[key]
 
 
+def arrangements(problem: Problem) -> tuple[Problem, ...]:
+    """Where stages can lie: on two kinds of devices, on both in either order, or on one alone."""
+    if not problem.parts:
+        return (problem,)
+    first, second = problem.parts
+    swapped = replace(
+        problem,
+        cluster=problem.cluster.reversed(),
+        device=second.device,
+        parts=(second, first),
+        computes={},
+    )
+    return (problem, swapped, first, second)
+
+
+def stages_of_kinds(problem: Problem, layout: Layout) -> list[int]:
+    """How many of a layout's stages each kind of devices holds."""
+    stage_size = layout.devices // layout.pipeline
+    return [kind.cluster.devices // stage_size for kind in problem.parts or (problem,)]
+
+
+def block_seconds(problem: Problem, layout: Layout) -> list[float]:
+    """What each block kind computes for in one micro-batch, on the one kind of devices."""
+    return [c.forward.total + c.backward.total for c in computes_of(problem, layout)]
+
+
 def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
     """Costs of one layout along the chain."""
+    if problem.parts:
+        return _two_kinds(problem, layout)
     graph = problem.graph
     variants = [graph.blocks[kind].variants[layout.tensor] for kind in problem.shape.kinds]
     costs = tuple(
@@ -104,4 +139,29 @@ def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
         numerics=problem.numerics,
         capacity_bytes=problem.capacity_bytes,
         modes=problem.constraints.recompute,
+    )
+
+
+def _two_kinds(problem: Problem, layout: Layout) -> ChainCost:
+    """Costs of a layout with its first stages on one kind of device, the others on another."""
+    first, second = (chain_cost(part, layout) for part in problem.parts)
+    second = replace(second, first_stage=stages_of_kinds(problem, layout)[0])
+    return replace(
+        first,
+        cluster=problem.cluster,
+        costs=tuple(_least(a, b) for a, b in zip(first.costs, second.costs, strict=True)),
+        capacity_bytes=problem.capacity_bytes,
+        parts=(first, second),
+        memo={},
+    )
+
+
+def _least(one: BlockCost, other: BlockCost) -> BlockCost:
+    """The smaller of every time that bounds are made from."""
+    return replace(
+        one,
+        forward=min(one.forward, other.forward),
+        backward={mode: min(one.backward[mode], other.backward[mode]) for mode in one.backward},
+        per_step=min(one.per_step, other.per_step),
+        optimizer=min(one.optimizer, other.optimizer),
     )

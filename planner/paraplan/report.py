@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paraplan.plan_file import Breakdown, Layout, MemoryParts, Plan, RunnerUp, Stage
+from paraplan.plan_file import Breakdown, Layout, MemoryParts, Plan, RunnerUp, Stage, capacity_of
 
 GIB = 2**30
 BAR = 24  # characters of a full bar
@@ -84,6 +84,15 @@ def _print_head(plan: Plan, console: Console) -> None:
         f"{cluster.devices_per_node}",
         highlight=False,
     )
+    first = 0
+    for kind in cluster.kinds:
+        end = first + kind.devices * plan.layout.pipeline // cluster.devices
+        console.print(
+            f"stages {first} to {end - 1} on {kind.devices} x {escape(kind.device)}, in nodes of "
+            f"{kind.devices_per_node}: start these nodes {'second' if first else 'first'}",
+            highlight=False,
+        )
+        first = end
     console.print(
         f"{work.global_batch} sequences of {work.sequence_length} tokens a step, "
         f"{work.precision}, {work.optimizer}",
@@ -127,9 +136,10 @@ def print_times(breakdown: Breakdown, step_seconds: float, console: Console) -> 
 
 def print_memory(plan: Plan, console: Console) -> None:
     """Peak memory of each pipeline rank against the capacity."""
-    capacity = plan.prediction.capacity_bytes
+    several = [kind.capacity_bytes for kind in plan.cluster.kinds]
+    room = " and ".join(f"{c / GIB:.1f}" for c in several or [plan.prediction.capacity_bytes])
     table = Table.grid(padding=(0, 2))
-    table.add_row("stage", "layers", f"memory of {capacity / GIB:.1f} GiB", "GiB", "recompute")
+    table.add_row("stage", "layers", f"memory of {room} GiB", "GiB", "recompute")
     ranks = [stages_of_rank(plan, rank) for rank in range(plan.layout.pipeline)]
     shown = ranks if len(ranks) <= MOST_ROWS else ranks[: MOST_ROWS - 1] + ranks[-1:]
     for stages in shown:
@@ -139,7 +149,7 @@ def print_memory(plan: Plan, console: Console) -> None:
         table.add_row(
             str(first.pipeline_rank),
             str(sum(stage.layers for stage in stages)),
-            _bar(first.memory_bytes / capacity),
+            _bar(first.memory_bytes / capacity_of(plan, first.pipeline_rank)),
             f"{first.memory_bytes / GIB:.1f}",
             recompute_words([mode for stage in stages for mode in stage.recompute]),
         )

@@ -78,7 +78,7 @@ class Question:
     """A request with every name looked up and every default filled in.
 
     Attributes:
-        capacity_bytes: what a plan may use of one device.
+        capacities_bytes: what a plan may use of one device, for each kind of them.
         notes: what was assumed on the way.
     """
 
@@ -86,7 +86,7 @@ class Question:
     source: ModelSource
     cluster: Cluster
     workload: Workload
-    capacity_bytes: float
+    capacities_bytes: tuple[float, ...]
     constraints: Constraints
     notes: tuple[str, ...]
 
@@ -118,8 +118,8 @@ def resolve(request: Request) -> Question:
         notes.append(f"global batch {workload.global_batch} (not given)")
     if source.max_sequence_length and length > source.max_sequence_length:
         notes.append(f"sequences longer than the config's {source.max_sequence_length} positions")
-    capacity = _capacity(request, cluster)
-    return Question(request, source, cluster, workload, capacity, constraints, (*notes,))
+    capacities = tuple(_capacity(request, kind) for kind in cluster.kinds)
+    return Question(request, source, cluster, workload, capacities, constraints, (*notes,))
 
 
 def request_from_options(model: str, options: Mapping[str, Any]) -> Request:
@@ -274,7 +274,10 @@ def _named_cluster(request: Request) -> Cluster:
         raise InputError("--cluster already names the device and its nodes; leave out the others")
     if isinstance(request.cluster, Cluster):
         return request.cluster if request.gpus is None else request.cluster.resized(request.gpus)
-    return load_cluster(request.cluster, devices=request.gpus)
+    cluster = load_cluster(request.cluster)
+    if len(cluster.node_groups) > 2:
+        raise InputError(f"{cluster.name} has {len(cluster.node_groups)} kinds of nodes; 2 at most")
+    return cluster if request.gpus is None else cluster.resized(request.gpus)
 
 
 def _capacity(request: Request, cluster: Cluster) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from paraplan.best_cuts import best_cuts
@@ -29,9 +29,15 @@ from paraplan.partition import (
     tail_bound,
     time_bound,
 )
-from paraplan.pipeline import least_seconds
+from paraplan.pipeline import balanced_seconds, least_seconds
 from paraplan.plan_file import Layout
-from paraplan.problem import Problem, chain_cost, computes_of
+from paraplan.problem import (
+    Problem,
+    arrangements,
+    block_seconds,
+    chain_cost,
+    stages_of_kinds,
+)
 from paraplan.solver import SOLVER, Candidate, Solution, solve_mip
 from paraplan.stage_cost import ChainCost
 
@@ -69,11 +75,16 @@ class SearchResult:
 def _family_bound(problem: Problem, family: Family) -> float:
     """A lower bound on the step time of every member: its computation alone."""
     layout = family.base
-    times = [c.forward.total + c.backward.total for c in computes_of(problem, layout)]
+    each = [block_seconds(kind, layout) for kind in problem.parts or (problem,)]
+    stages = stages_of_kinds(problem, layout)
     counts = [before[-1] for before in problem.shape.counts_before]
-    work = sum(n * t for n, t in zip(counts, times, strict=True))
+    least = [min(times) for times in zip(*each, strict=True)]
     return least_seconds(
-        work, layout.pipeline, layout.micro_batches, layout.virtual_stages, max(times)
+        sum(n * t for n, t in zip(counts, least, strict=True)),
+        layout.pipeline,
+        layout.micro_batches,
+        layout.virtual_stages,
+        max(*least, balanced_seconds(counts, each, stages)),
     )
 
 
@@ -106,17 +117,25 @@ def search(
 ) -> SearchResult | None:
     """The fastest plan and its proof; None when nothing fits.
 
+    On two kinds of devices over either kind alone and both in either order; the cluster of the
+    best one's chain says which it was.
+
     Args:
         runner_ups: how many of the next best layouts to find as well.
         time_limit_seconds: for the integer program.
         report: called with one line per phase.
     """
     began = time.perf_counter()
-    families, excluded = enumerate_families(problem.space, problem.constraints)
-    considered = sum(len(family.splits) for family in families)
+    excluded: Counter[str] = Counter()
+    families: list[tuple[Problem, Family]] = []
+    for arranged in arrangements(problem):
+        possible, impossible = enumerate_families(arranged.space, arranged.constraints)
+        families += [(arranged, family) for family in possible]
+        excluded += impossible
+    considered = sum(len(family.splits) for _, family in families)
     report(f"{considered} layouts in {len(families)} families")
     progress = _Progress(runner_ups)
-    _explore(problem, families, progress)
+    _explore(families, progress)
     if not progress.upper:
         return None
     report(
@@ -138,9 +157,9 @@ def search(
     )
 
 
-def _explore(problem: Problem, families: list[Family], progress: _Progress) -> None:
-    queue: list[tuple[float, int, Family | ChainCost]] = [
-        (_family_bound(problem, family), i, family) for i, family in enumerate(families)
+def _explore(families: Sequence[tuple[Problem, Family]], progress: _Progress) -> None:
+    queue: list[tuple[float, int, tuple[Problem, Family] | ChainCost]] = [
+        (_family_bound(*family), i, family) for i, family in enumerate(families)
     ]
     heapq.heapify(queue)
     serial = len(queue)
@@ -150,11 +169,13 @@ def _explore(problem: Problem, families: list[Family], progress: _Progress) -> N
             return
         if isinstance(item, ChainCost):
             _examine(item, bound, progress)
-        elif not fits(chain_cost(problem, leanest(item))):
-            progress.infeasible += len(item.splits)
+            continue
+        problem, family = item
+        if not fits(chain_cost(problem, leanest(family))):
+            progress.infeasible += len(family.splits)
         else:
-            for split in item.splits:
-                chain = chain_cost(problem, item.layout(split))
+            for split in family.splits:
+                chain = chain_cost(problem, family.layout(split))
                 serial += 1
                 heapq.heappush(queue, (max(bound, time_bound(chain)), serial, chain))
 
@@ -169,11 +190,13 @@ def _examine(chain: ChainCost, bound: float, progress: _Progress) -> None:
             progress.record(found.step_seconds)
             progress.closed.append(Found(chain.layout, chain, found))
         return
-    bottleneck = smallest_bottleneck(chain)
+    micro_batches, tail = chain.layout.micro_batches, tail_bound(chain)
+    hopeless = (progress.threshold - tail) / micro_batches * SAME
+    bottleneck = smallest_bottleneck(chain, hopeless_seconds=hopeless)
     if bottleneck is None:
         progress.infeasible += 1
         return
-    bound = max(bound, chain.layout.micro_batches * bottleneck[0] + tail_bound(chain))
+    bound = max(bound, micro_batches * bottleneck[0] + tail)
     if bound >= progress.threshold:
         return
     first = improve(chain, bottleneck[1])
@@ -234,9 +257,10 @@ def _chosen(known: list[Found], solution: Solution) -> Found:
 
 
 def _runner_ups(progress: _Progress, best: Found) -> list[Found]:
-    """The next best layouts found, each with its best stages, in order."""
-    others = [f for f in progress.closed if f.layout != best.layout]
-    others += [Found(c.layout, c, f) for _, c, f in progress.open if c.layout != best.layout]
+    """The next best layouts found on the same devices, each with its best stages, in order."""
+    others = [*progress.closed, *(Found(c.layout, c, f) for _, c, f in progress.open)]
+    cluster = best.chain.cluster
+    others = [f for f in others if f.layout != best.layout and f.chain.cluster is cluster]
     others.sort(key=lambda f: f.staged.step_seconds)
     nearest = [
         f if fixed_cuts(f.chain) else best_stages(f.chain, f.staged)
@@ -283,7 +307,7 @@ def estimate_layout(problem: Problem, layout: Layout) -> Found:
         return Found(layout, chain, found)
     bottleneck = smallest_bottleneck(chain)
     if bottleneck is None:
-        chain = replace(chain, capacity_bytes=needed_capacity_bytes(chain), memo={})
+        chain = chain.with_capacity(needed_capacity_bytes(chain))
         bottleneck = smallest_bottleneck(chain)
         assert bottleneck is not None, "the needed capacity suffices"
     first = improve(chain, bottleneck[1])

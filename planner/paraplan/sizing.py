@@ -11,7 +11,7 @@ from typing import Literal
 
 from paraplan.what_if_file import Answer, Choice, Limits, WhatIfPoint
 
-Limit = Literal["deadline", "budget"]
+Limit = Literal["deadline", "budget", "min_headroom"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +60,26 @@ def pareto_front(rows: Sequence[WhatIfPoint]) -> tuple[int, ...]:
     return tuple(front)
 
 
-def answer(rows: Sequence[WhatIfPoint], limits: Limits) -> Answer:
+def answer(
+    rows: Sequence[WhatIfPoint], limits: Limits, roomy: Sequence[WhatIfPoint] | None = None
+) -> Answer:
     """The cheapest and the fastest point that meet the limits, and which limits bind.
 
-    Headroom is no concern here: the points were planned with it. Whether it binds, only points
-    planned without it can tell (`what_if`).
+    Args:
+        rows: planned with the headroom, if there is one.
+        roomy: then the same points planned without it.
     """
-    runs = _runs(rows)
-    cheapest = _choice(runs, limits, _cheapest)
+    runs, free = _runs(rows), None if roomy is None else _runs(roomy)
+    cheapest = _choice(runs, limits, _cheapest, free)
     if cheapest is None:
         nearest = min(runs, key=lambda run: (_excess(run, limits), run.id), default=None)
         return Answer(nearest=nearest.id if nearest else None)
-    return Answer(cheapest=cheapest, fastest=_choice(runs, limits, _fastest))
+    return Answer(cheapest=cheapest, fastest=_choice(runs, limits, _fastest, free))
 
 
-def _choice(runs: Sequence[_Run], limits: Limits, rank: Rank) -> Choice | None:
+def _choice(
+    runs: Sequence[_Run], limits: Limits, rank: Rank, free: Sequence[_Run] | None
+) -> Choice | None:
     best = _best(runs, limits, rank)
     if best is None:
         return None
@@ -82,7 +87,11 @@ def _choice(runs: Sequence[_Run], limits: Limits, rank: Rank) -> Choice | None:
         "deadline": limits.model_copy(update={"deadline_days": None}),
         "budget": limits.model_copy(update={"budget_dollars": None}),
     }
-    binding = tuple(name for name, fewer in without.items() if _best(runs, fewer, rank) != best)
+    binding: tuple[Limit, ...] = tuple(
+        name for name, fewer in without.items() if _best(runs, fewer, rank) != best
+    )
+    if free is not None and _best(free, limits, rank) != best:
+        binding = (*binding, "min_headroom")
     return Choice(point=best.id, binding=binding)
 
 

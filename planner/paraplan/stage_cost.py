@@ -8,7 +8,7 @@ holds several virtual stages is costed as one stage of several runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -80,6 +80,9 @@ class ChainCost:
     Attributes:
         costs: by kind, in the order of ``shape.kinds``.
         modes: recompute modes that layers may use.
+        first_stage: of the pipeline's stages, the first that these devices hold.
+        parts: where stages lie on two kinds of devices, the costs on each kind, in the order of
+            the stages; ``costs`` are then the smaller of both, good for bounds only.
         memo: stage costs found so far (filled on use).
     """
 
@@ -92,7 +95,20 @@ class ChainCost:
     numerics: Numerics
     capacity_bytes: float
     modes: tuple[Recompute, ...]
+    first_stage: int = 0
+    parts: tuple[ChainCost, ...] = ()
     memo: dict[object, StageCost | None] = field(default_factory=dict, compare=False)
+
+    def of_rank(self, rank: int) -> ChainCost:
+        """The costs on the kind of device that holds a pipeline rank."""
+        held = (part for part in reversed(self.parts) if part.first_stage <= rank)
+        return next(held, self)
+
+    def with_capacity(self, capacity_bytes: float) -> ChainCost:
+        """The same on devices with room for so much (of two kinds, the larger one)."""
+        share = capacity_bytes / self.capacity_bytes
+        parts = tuple(part.with_capacity(share * part.capacity_bytes) for part in self.parts)
+        return replace(self, capacity_bytes=capacity_bytes, parts=parts, memo={})
 
     @cached_property
     def cut_bytes(self) -> tuple[float, ...]:
@@ -124,9 +140,12 @@ class ChainCost:
 
     def transfer_seconds(self, stage: int, position: int) -> float:
         """One direction of the transfer between ``stage`` and the next, cut at ``position``."""
+        if self.parts:
+            return self.of_rank(stage).transfer_seconds(stage, position)
         size = self.layout.devices // self.layout.pipeline
         per_node = self.cluster.devices_per_node
-        crosses = size >= per_node or bool(per_node % size) or ((stage + 1) * size) % per_node == 0
+        done = stage + 1 - self.first_stage  # the last stage of a kind ends its last node
+        crosses = size >= per_node or bool(per_node % size) or (done * size) % per_node == 0
         size_bytes = self.cut_bytes[position]
         return transfer_seconds(size_bytes, between_nodes=crosses, cluster=self.cluster)
 
@@ -184,6 +203,7 @@ def stage_cost(
     Args:
         forced: return the choice with the least memory when none fits.
     """
+    chain = chain.of_rank(rank)
     depth = in_flight(chain.layout, rank)
     key = (depth, _signature(chain, runs), forced)
     if key not in chain.memo:

@@ -32,8 +32,9 @@ def stage_times(found: Found) -> list[StageTimes]:
     times = []
     for index in range(last + 1):
         run = range(cuts[index], cuts[index + 1])
-        forward, backward = _run_seconds(chain, run, modes, index < p, index > last - p)
-        blocks = [(chain.costs[chain.shape.kind_at[i]], modes.get(i, "none")) for i in run]
+        here = chain.of_rank(index % p)
+        forward, backward = _run_seconds(here, run, modes, index < p, index > last - p)
+        blocks = [(here.costs[chain.shape.kind_at[i]], modes.get(i, "none")) for i in run]
         again = sum(_device_seconds(cost.compute.rerun[mode]) for cost, mode in blocks)
         times.append(
             StageTimes(

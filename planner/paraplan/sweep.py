@@ -29,9 +29,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from paraplan.block_cost import BlockCompute
+from paraplan.describe import rounded
 from paraplan.errors import InfeasibleError, InputError, PlanError
 from paraplan.graph import ModelGraph
-from paraplan.plan_file import Layout, write_atomically
+from paraplan.plan_file import Layout, Plan, device_of, write_atomically
 from paraplan.planning import graph_of, plan_problem, problem_of, trace_settings
 from paraplan.request import Question
 from paraplan.trace_cache import default_cache_dir, source_digest, trace_key
@@ -47,6 +48,7 @@ class Outcome(BaseModel):
 
     Attributes:
         reason: why there is no plan, in one line.
+        headroom: the least share of a device's memory that a stage leaves free.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +60,7 @@ class Outcome(BaseModel):
     tokens_per_second: float = 0.0
     mfu: float = 0.0
     peak_memory_bytes: int = 0
+    headroom: float = 0.0
     gap: float = 0.0
     parameter_count: int = 0
     trainable_parameter_count: int = 0
@@ -123,7 +126,7 @@ def _key(question: Question) -> str:
         source_digest("*.py"),
         question.cluster.sha256,
         question.workload.model_dump(),
-        question.capacity_bytes,
+        question.capacities_bytes,
         sorted(constraints.fixed.items()),
         constraints.recompute,
         constraints.allow,
@@ -206,7 +209,7 @@ def _plan(task: _Task) -> Outcome:
 def _outcome(task: _Task) -> Outcome:
     question = task.question
     problem = problem_of(question, _load(task.trace))
-    if not question.constraints.allow:
+    if not question.constraints.allow and not problem.parts:
         # Without context and expert parallelism, only the node decides what a block computes.
         problem = replace(problem, computes=_computes(task.trace, _node(question)))
     try:
@@ -223,10 +226,20 @@ def _outcome(task: _Task) -> Outcome:
         tokens_per_second=seen.tokens_per_second,
         mfu=seen.mfu,
         peak_memory_bytes=seen.peak_memory_bytes,
+        headroom=_headroom(plan, question),
         gap=plan.proof.gap,
         parameter_count=plan.model.parameter_count,
         trainable_parameter_count=plan.model.trainable_parameter_count,
     )
+
+
+def _headroom(plan: Plan, question: Question) -> float:
+    devices = {kind.device.name: kind.device for kind in question.cluster.kinds}
+    shares = []
+    for stage in plan.stages:
+        device = devices[device_of(plan, stage.pipeline_rank)]
+        shares.append(1 - stage.memory_bytes / device.memory_capacity_bytes.value)
+    return rounded(min(shares))
 
 
 def _line(error: InputError | InfeasibleError) -> str:

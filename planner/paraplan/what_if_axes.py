@@ -16,6 +16,17 @@ from paraplan.models import resolve_model
 from paraplan.request import Request, parse_factor
 from paraplan.workload import make_workload
 
+AXIS_NAMES = (
+    "device",
+    "cluster",
+    "precision",
+    "seq_len",
+    "global_batch",
+    "memory_gib",
+    "link_bandwidth",
+    "spot_interruptions",
+)
+"""Fields of `Axes` beside the model and the number of devices."""
 MOST_POINTS = 100_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\+(\d+))?")
 
@@ -152,6 +163,28 @@ def command_of(request: Request) -> str:
 def _number(value: float | None) -> str | None:
     """Without a needless ``.0``, and exact: it is read again."""
     return None if value is None else repr(value).removesuffix(".0")
+
+
+def axes_from_values(values: Mapping[str, Any]) -> Axes:
+    """Axes from Python values: one, several in a list, or text as on the command line.
+
+    Raises:
+        InputError: nothing to vary over, or text that cannot be read.
+    """
+    readers = {"gpus": parse_numbers, "global_batch": parse_numbers, "seq_len": parse_numbers}
+    columns: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, str):
+            columns[name] = readers.get(name, parse_names)(value, name)
+        elif isinstance(value, Sequence):
+            columns[name] = tuple(value)
+        else:
+            columns[name] = (value,)
+        if not columns[name]:
+            raise InputError(f"{name} is empty; the sweep would have no points")
+    return Axes(**columns)
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

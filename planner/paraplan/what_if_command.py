@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 from paraplan.errors import InfeasibleError, InputError
 from paraplan.sweep import Done, cpu_count
-from paraplan.what_if import Sweep, run_sweep
 from paraplan.what_if_file import (
     WhatIf,
     rows_to_csv,
@@ -26,6 +25,7 @@ from paraplan.what_if_options import (
     limits_of,
 )
 from paraplan.what_if_report import nothing_meets, print_what_if
+from paraplan.what_if_rows import Sweep, run_sweep
 
 
 def add_what_if_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +59,7 @@ def run_what_if(options: argparse.Namespace) -> int:
         common=common_of(options),
         economics=economics_of(options),
         limits=limits_of(options),
+        sensitivity=options.sensitivity,
         command=options.command_line,
     )
     with _progress(options) as done:

@@ -153,7 +153,8 @@ class Choice(_Frozen):
 
     Attributes:
         point: its id.
-        binding: limits without which another point would have been chosen.
+        binding: limits without which another point would have been chosen, or a better plan of
+            this one.
     """
 
     point: int
