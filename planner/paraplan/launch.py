@@ -119,10 +119,10 @@ def _report(failures: Mapping[int, ProcessFailure], logs: Path) -> int:
     were told to, because of another.
     """
 
-    def order(rank: int) -> tuple[bool, bool, float]:
+    def order(rank: int) -> tuple[bool, bool, bool, float]:
         failure = failures[rank]
         told = failure.exitcode == -signal.SIGTERM
-        return told, failure.exitcode >= 0, _failed_at(failure)
+        return told, failure.exitcode >= 0, not _traceback_of(failure), _failed_at(failure)
 
     rank = min(failures, key=order)
     failure = failures[rank]
