@@ -9,7 +9,7 @@
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 torch.moreh.option.enable_advanced_parallelization()
 
@@ -20,6 +20,7 @@ parser.add_argument("--output", default="./trained")
 parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--lora", action="store_true")
 args = parser.parse_args()
+set_seed(0)
 
 model = AutoModelForCausalLM.from_pretrained(args.model)
 if args.lora:

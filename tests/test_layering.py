@@ -48,6 +48,7 @@ surroundings torch_option
 launch automatic
 rank_errors
 one_line
+run_script run_command
 export_torch
 export_megatron
 export

@@ -24,6 +24,7 @@ other commands (each has its own --help):
   schema     JSON Schema of the plan file
   export     a plan as configuration of torchtitan, accelerate, megatron, ...
   report     a plan or a what-if as one HTML page
+  run        train a script on all devices, with or without the line in it
   timeline   the simulated step as a trace for Perfetto
   validate   how far predictions are from measured runs
   what-if    plan many clusters: which is cheapest, which fastest
@@ -214,6 +215,20 @@ def timeline_parser() -> Parser:
         epilog="example:\n  plan timeline mistral-7b-16xh100.plan.json -o trace.json",
     )
     add_timeline_arguments(parser)
+    return parser
+
+
+def run_parser() -> Parser:
+    """Options of `plan run`."""
+    from paraplan.run_command import EXAMPLES as RUN_EXAMPLES
+    from paraplan.run_command import add_run_arguments
+
+    parser = _parser(
+        "run",
+        "Trains a script on all devices, with or without the line in it.",
+        epilog=RUN_EXAMPLES,
+    )
+    add_run_arguments(parser)
     return parser
 
 

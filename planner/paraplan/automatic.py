@@ -50,6 +50,15 @@ class Wishes:
 
 
 @dataclass(frozen=True)
+class Machines:
+    """What the job runs on: ``devices`` in all, ``per_node`` of them in a machine."""
+
+    kind: str
+    devices: int
+    per_node: int
+
+
+@dataclass(frozen=True)
 class Planned:
     """A plan and how it came about: ``origin`` is for people."""
 
@@ -86,7 +95,7 @@ def profile_of(device_name: str) -> str:
     )
 
 
-def plan_for(first: FirstBatch, wishes: Wishes, devices: int, kind: str) -> Planned:
+def plan_for(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned:
     """The plan for this job, equal on every rank; a collective.
 
     Raises:
@@ -97,7 +106,7 @@ def plan_for(first: FirstBatch, wishes: Wishes, devices: int, kind: str) -> Plan
     told: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            planned = _plan_here(first, wishes, devices, kind)
+            planned = _plan_here(first, wishes, machines)
             told = [(plan_to_json(planned.plan), planned.origin)]
         except PlanError as error:
             told = [error]
@@ -108,14 +117,14 @@ def plan_for(first: FirstBatch, wishes: Wishes, devices: int, kind: str) -> Plan
     return Planned(plan_from_json(text), origin)
 
 
-def _plan_here(first: FirstBatch, wishes: Wishes, devices: int, kind: str) -> Planned:
+def _plan_here(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned:
     if wishes.plan != "auto":
         return Planned(load_plan(wishes.plan), f"from {wishes.plan}")
     began = time.perf_counter()
     request = replace(
-        _question(wishes, devices, kind),
+        _question(wishes, machines),
         model=str(_write_config(first.model)),
-        precision=_precision(first.model, wishes, kind),
+        precision=_precision(first.model, wishes, machines.kind),
         optimizer=optimizer_name(first.optimizers),
         **_sizes(first.arguments),
     )
@@ -132,14 +141,15 @@ def _plan_here(first: FirstBatch, wishes: Wishes, devices: int, kind: str) -> Pl
     return Planned(plan, f"planned in {time.perf_counter() - began:.2f} s")
 
 
-def _question(wishes: Wishes, devices: int, kind: str) -> Request:
+def _question(wishes: Wishes, machines: Machines) -> Request:
     if wishes.cluster is not None:
-        return Request(model="", cluster=wishes.cluster, gpus=devices, fix=wishes.fix)
-    device = wishes.device or ("cpu" if kind == "cpu" else _this_gpu())
+        return Request(model="", cluster=wishes.cluster, gpus=machines.devices, fix=wishes.fix)
+    device = wishes.device or ("cpu" if machines.kind == "cpu" else _this_gpu())
     whole = load_device(device).memory_capacity_bytes.value
     return Request(
         model="",
-        gpus=devices,
+        gpus=machines.devices,
+        gpus_per_node=machines.per_node if machines.per_node < machines.devices else None,
         device=device,
         memory_limit_gib=wishes.memory_fraction * whole / GIB,
         fix=wishes.fix,

@@ -23,6 +23,7 @@ from paraplan.argument_parsers import (
     models_parser,
     plan_parser,
     report_parser,
+    run_parser,
     schema_parser,
     timeline_parser,
     validate_parser,
@@ -70,6 +71,7 @@ def _commands() -> dict[str, Command]:
         "schema": (schema_parser, _schema),
         "export": (export_parser, _export),
         "report": (report_parser, _report),
+        "run": (run_parser, _run_script),
         "timeline": (timeline_parser, _timeline),
         "validate": (validate_parser, _validate),
         "what-if": (what_if_parser, _what_if),
@@ -90,7 +92,8 @@ def _run(arguments: list[str]) -> int:
         make_parser, run = commands[name[0]]
     else:
         make_parser, run = plan_parser, _plan
-    arguments = [_hyphens(argument) for argument in arguments]
+    if name != ["run"]:  # most of what follows it is the script's
+        arguments = [_hyphens(argument) for argument in arguments]
     options = make_parser().parse_args(arguments)
     options.command_line = shlex.join(["plan", *name, *arguments])
     return run(options)
@@ -335,6 +338,12 @@ def _timeline(options: argparse.Namespace) -> int:
     from paraplan.timeline import run_timeline
 
     return run_timeline(options)
+
+
+def _run_script(options: argparse.Namespace) -> int:
+    from paraplan.run_command import run_script
+
+    return run_script(options)
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -34,11 +34,12 @@ class _Session:
 
     active: _Session | None = None
 
-    def __init__(self, wishes: Wishes, device: torch.device) -> None:
+    def __init__(self, wishes: Wishes, device: torch.device, per_node: int) -> None:
         from paraplan_runtime.optimizers import watch_optimizers
 
         self.wishes = wishes
         self.device = device
+        self._per_node = per_node
         self.optimizers = watch_optimizers()
 
     def adopt(self, model: nn.Module) -> None:
@@ -59,10 +60,11 @@ class _Session:
     def _plan(self, first: Any) -> Any:
         import torch.distributed as dist
 
-        from paraplan.automatic import plan_for
+        from paraplan.automatic import Machines, plan_for
         from paraplan.report import layout_words
 
-        planned = plan_for(first, self.wishes, dist.get_world_size(), self.device.type)
+        machines = Machines(self.device.type, dist.get_world_size(), self._per_node)
+        planned = plan_for(first, self.wishes, machines)
         if dist.get_rank() == 0:
             say(
                 f"{layout_words(planned.plan.layout)} on {planned.plan.cluster.devices} x "
@@ -142,14 +144,22 @@ def enable_advanced_parallelization(
 def _join(wishes: Wishes, kind: str) -> None:
     from paraplan.rank_errors import report_errors
     from paraplan_runtime.caught_models import catch_models
-    from paraplan_runtime.one_device import join_as_one_device, write_only_on_rank_0
+    from paraplan_runtime.one_device import (
+        be_quiet_off_rank_0,
+        join_as_one_device,
+        write_only_on_rank_0,
+    )
 
     launched = LAUNCHER in os.environ
+    # Without the variable, all ranks are taken to be in one machine.
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
     device = join_as_one_device(kind, os.environ)
     report_errors(launched=launched)
+    if not launched:
+        be_quiet_off_rank_0()
     write_only_on_rank_0()
     _serve_cuda_calls(kind)
-    _Session.active = _Session(wishes, device)
+    _Session.active = _Session(wishes, device, per_node)
     catch_models(_Session.active.adopt)
 
 

@@ -43,4 +43,10 @@ def describe(error: BaseException, where: TracebackType | None) -> str:
     if isinstance(error, PlanError):
         hint = f"\nhint: {error.hint}" if error.hint else ""
         return f"error: {error}{hint}\n"
-    return "".join(traceback.format_exception(type(error), error, where))
+    while where is not None and where.tb_next and _is_ours(where.tb_frame.f_code.co_filename):
+        where = where.tb_next  # `plan run` and runpy, which called the script
+    return "".join(traceback.format_exception(type(error), error.with_traceback(where), where))
+
+
+def _is_ours(file: str) -> bool:
+    return "runpy" in file or file.endswith("run_script.py")

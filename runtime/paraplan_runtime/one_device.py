@@ -10,7 +10,6 @@ import os
 import random
 import sys
 from collections.abc import MutableMapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,11 +91,13 @@ def _write_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def send_output_to(folder: Path) -> None:
-    """Let this rank write to files of its own, from now on, in place of the terminal."""
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        stream.flush()
-        file = os.open(folder / f"rank-{dist.get_rank()}.{name}", os.O_WRONLY | os.O_CREAT, 0o644)
-        os.dup2(file, number)
-        os.close(file)
+def be_quiet_off_rank_0() -> None:
+    """Drop what ranks other than 0 print from now on: it is what rank 0 prints.
+
+    For launchers that show the output of all ranks. Errors are still shown.
+    """
+    if dist.get_rank() != 0:
+        sys.stdout.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
