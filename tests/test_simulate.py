@@ -172,7 +172,7 @@ def test_long_steps_are_continued() -> None:
     rng = random.Random(6)
     for _ in range(25):
         p, v = rng.randint(2, 6), rng.randint(1, 2)
-        m = p * rng.randint(33, 90)
+        m = p * rng.randint(66, 90)
         stages = [
             StageSeconds(rng.uniform(0.7, 1.3), rng.uniform(1.4, 2.6), rng.uniform(0, 0.2))
             for _ in range(p * v)

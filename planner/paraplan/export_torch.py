@@ -115,6 +115,7 @@ def to_torchtitan(plan: Plan) -> Exported:
         "parallelism.pipeline_parallel_degree": layout.pipeline,
     }
     if layout.pipeline > 1:
+        settings["training.disable_cuda_graphs"] = True  # torchtitan refuses them in a pipeline
         schedule = "Interleaved1F1B" if layout.virtual_stages > 1 else "1F1B"
         settings["parallelism.pipeline_parallel_schedule"] = schedule
         settings["parallelism.pipeline_parallel_microbatch_size"] = layout.micro_batch_size
@@ -256,10 +257,8 @@ def to_deepspeed(plan: Plan) -> Exported:
         "gradient_clipping": 1.0,
     }
     zero: dict[str, object] = {"stage": layout.zero_stage, "overlap_comm": True}
-    if layout.data_replicate > 1 and layout.zero_stage == 3:
-        zero["mics_shard_size"] = layout.data_shard
-    elif layout.data_replicate > 1 and layout.zero_stage:
-        notes.append("DeepSpeed shards over all data ranks; MiCS' replicas need ZeRO-3")
+    if layout.data_replicate > 1 and layout.zero_stage:
+        notes.append("DeepSpeed shards over all data ranks: no replicas of the shards")
     if layout.pipeline > 1 and layout.zero_stage > 1:
         zero["stage"] = 1
         notes.append("DeepSpeed's pipeline goes with ZeRO-1 at most: 1 is written")
