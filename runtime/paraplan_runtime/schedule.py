@@ -56,10 +56,15 @@ class Runner:
 
     def _before_backward(self, model: torch.nn.Module) -> Any:
         zero_stage = self.ranks.layout.zero_stage
+        told: bool | None = None
 
         def begins(started: int) -> None:
-            if isinstance(model, FSDPModule):
-                prepare_micro_batch(model, zero_stage, last=started == self._micro_batches)
+            nonlocal told
+            last = started == self._micro_batches
+            # FSDP's settings walk over all modules: only where they change.
+            if isinstance(model, FSDPModule) and last != told:
+                prepare_micro_batch(model, zero_stage, last=last)
+                told = last
 
         return begins
 
