@@ -6,12 +6,15 @@ given are constraints for the planner.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from paraplan.device import load_device
@@ -121,13 +124,17 @@ def _plan_here(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned
     if wishes.plan != "auto":
         return Planned(load_plan(wishes.plan), f"from {wishes.plan}")
     began = time.perf_counter()
+    has_config = hasattr(getattr(first.model, "config", None), "to_dict")
     request = replace(
         _question(wishes, machines),
-        model=str(_write_config(first.model)),
+        model=str(_write_config(first.model)) if has_config else _offer_module(first),
         precision=_precision(first.model, wishes, machines.kind),
         optimizer=optimizer_name(first.optimizers),
         **_sizes(first.arguments),
     )
+    if not has_config:
+        # Nothing here can tell when the module's code changes, so it is planned each time.
+        return Planned(plan_request(request), f"planned in {time.perf_counter() - began:.2f} s")
     path = default_cache_dir() / "plans" / f"{_key(request)}.json"
     try:
         return Planned(load_plan(path), f"cached, {time.perf_counter() - began:.2f} s")
@@ -171,8 +178,12 @@ def _sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             sizes: dict[str, Any] = {"global_batch": int(value.shape[0])}
             return sizes if name == "pixel_values" else sizes | {"seq_len": int(value.shape[1])}
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            length = int(value.shape[1]) if value.ndim > 1 else 1
+            return {"global_batch": int(value.shape[0]), "seq_len": length}
     raise InputError(
-        "the first batch has no input_ids, so its sequence length is not known",
+        "the model's first call has no tensor, so the size of the batch is not known",
         hint="give the line a plan file: plan=...",
     )
 
@@ -203,12 +214,7 @@ def optimizer_name(optimizers: Sequence[Optimizer]) -> str:
 
 def _write_config(model: nn.Module) -> Path:
     """The model's config as a folder that the planner reads; named by its content."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        raise InputError(
-            f"{type(model).__name__} has no config of transformers to plan from",
-            hint="give the line a plan file: plan=...",
-        )
+    config: Any = model.config
     settings = config.to_dict() | {"architectures": [type(model).__name__]}
     name = Path(str(settings.pop("_name_or_path", "") or type(model).__name__)).name
     text = json.dumps(settings, sort_keys=True, default=str)
@@ -217,6 +223,33 @@ def _write_config(model: nn.Module) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text)
     return folder
+
+
+def _offer_module(first: FirstBatch) -> str:
+    """A module that is not transformers', where the planner takes modules from by name."""
+    import torch
+    from torch import nn
+
+    rows = _sizes(first.arguments)["global_batch"]
+    example = {
+        name: value[:1] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+        for name, value in first.arguments.items()
+    }
+
+    def without_values() -> tuple[nn.Module, Mapping[str, Any]]:
+        memo: dict[int, Any] = {
+            id(parameter): nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+            )
+            for parameter in first.model.parameters()
+        }
+        return copy.deepcopy(first.model, memo), example
+
+    name = f"paraplan_model_of_script.{type(first.model).__name__}"
+    offered = ModuleType(name)
+    offered.__dict__[type(first.model).__name__] = without_values
+    sys.modules[name] = offered
+    return f"{name}:{type(first.model).__name__}"
 
 
 def _key(request: Request) -> str:
