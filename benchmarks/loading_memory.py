@@ -81,37 +81,39 @@ class Peak:
         return self.highest
 
 
-def work(rank: int, folder: str, name: str, layers: int, modes: tuple[str, ...]) -> None:
-    """Run on one rank; each rank writes what it measured."""
+def work(rank: int, folder: str, name: str, layers: int, mode: str) -> None:
+    """Run on one rank; each rank writes what it measured.
+
+    Each mode has processes of its own: memory that malloc kept from one would hide the next.
+    """
     from transformers import LlamaForCausalLM
 
     from paraplan_runtime import parallelize, parameters_on_meta
 
     torch.set_num_threads(1)
-    store = f"file://{folder}/store-{name.replace(' ', '-')}"
+    store = f"file://{folder}/store-{name.replace(' ', '-')}-{mode}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     plan = make_plan("llama", LAYOUTS[name], layers=layers)
     measured: dict[str, int] = {}
-    for mode in modes:
-        model = None
-        torch.manual_seed(0)
-        peak = Peak()
-        with parameters_on_meta():
-            if mode == "initialise":
-                source = LlamaForCausalLM(config_of(layers))
-            else:
-                source = LlamaForCausalLM.from_pretrained(f"{folder}/whole")
-        model = parallelize(source, plan, device_type="cpu")
-        del source
-        measured[mode] = peak.stop()
+    torch.manual_seed(0)
     peak = Peak()
-    model.save_pretrained(f"{folder}/saved", max_shard_size=FILE_BYTES)
-    measured["save"] = peak.stop()
+    with parameters_on_meta():
+        if mode == "initialise":
+            source = LlamaForCausalLM(config_of(layers))
+        else:
+            source = LlamaForCausalLM.from_pretrained(f"{folder}/whole")
+    model = parallelize(source, plan, device_type="cpu")
+    del source
+    measured[mode] = peak.stop()
+    if mode == "load":
+        peak = Peak()
+        model.save_pretrained(f"{folder}/saved", max_shard_size=FILE_BYTES)
+        measured["save"] = peak.stop()
     held = sum(
         entry.value.to_local().nbytes if hasattr(entry.value, "to_local") else entry.value.nbytes
         for entry in model.entries
     )
-    Path(folder, f"measured-{rank}").write_text(json.dumps({"shard": held} | measured))
+    Path(folder, f"{mode}-{rank}").write_text(json.dumps({"shard": held} | measured))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -140,10 +142,13 @@ def main() -> None:
         columns = ("shard", "+ largest", *modes, "save, extra")
         print(f"{'':14}{'rank':>5}" + "".join(f"{column:>12}" for column in columns))
         for name in LAYOUTS:
-            arguments = (folder, name, layers, modes)
-            multiprocessing.spawn(work, args=arguments, nprocs=RANKS, join=True)
+            for mode in modes:
+                arguments = (folder, name, layers, mode)
+                multiprocessing.spawn(work, args=arguments, nprocs=RANKS, join=True)
             for rank in range(RANKS):
-                found = json.loads(Path(folder, f"measured-{rank}").read_text())
+                found: dict[str, int] = {}
+                for mode in modes:
+                    found |= json.loads(Path(folder, f"{mode}-{rank}").read_text())
                 numbers = [found["shard"], found["shard"] + largest]
                 numbers += [found[mode] for mode in (*modes, "save")]
                 cells = "".join(f"{gigabytes(number):>12}" for number in numbers)

@@ -45,6 +45,7 @@ def parameters_on_meta() -> Iterator[None]:
         original(module, name, None if parameter is None else _deferred(parameter, recorder))
 
     with ExitStack() as stack:
+        stack.callback(recorder.end)
         stack.enter_context(_replaced(nn.Module, "register_parameter", register))
         stack.enter_context(_loading_deferred(recorder))
         stack.enter_context(recorder)

@@ -13,6 +13,7 @@ of it lies below autograd, at torch's own operators, so it does not matter who c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cells: dict[StorageWeakRef, Cell] = {}
+        # Freshly allocated for each draw, these would leave holes that malloc cannot fill again,
+        # in the end as large as the model.
+        self._scratch = new_storage(0)
 
     def __torch_dispatch__(
         self,
@@ -104,6 +108,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         cell.last = Call(run, (), {}, None).write(cell, tensor, output=0)
         self._cells[_key(tensor)] = cell
         return tensor
+
+    def end(self) -> None:
+        """Let go of what only recording needs."""
+        self._scratch = new_storage(0)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether the value of ``tensor`` can be had from here."""
@@ -195,11 +203,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def number(leaf: Any) -> Any:
             if id(leaf) in dropped:
-                return _like(leaf, "cpu")
+                return self._scratch_like(leaf)
             return self.value(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
         real_args, real_kwargs = tree_map(number, (tuple(args), dict(kwargs)))
         return func(*real_args, **real_kwargs)
+
+    def _scratch_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same geometry for what is dropped at once."""
+        geometry = replace(Geometry.of(tensor), offset=0)
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (last + 1) * tensor.element_size() if tensor.numel() else 0
+        if self._scratch.nbytes() < needed:
+            self._scratch = new_storage(needed)
+        return geometry.view(self._scratch)
 
     def _on_meta(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.device):
