@@ -52,10 +52,11 @@ run_script run_command
 export_torch
 export_megatron
 export
+check
 argument_parsers
 cli
 """
-MAY_CALL_RUNTIME = {"one_line"}
+MAY_CALL_RUNTIME = {"check", "one_line"}
 """Modules in which planner and runtime meet; they import it where they call it."""
 HEAVY = {"torch", "transformers", "ortools", "networkx", "numpy", "rich", "safetensors"}
 MAY_IMPORT_AT_TOP = {"report": {"rich"}, "explain": {"rich"}, "what_if_report": {"rich"}}

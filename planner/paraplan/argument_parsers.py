@@ -18,6 +18,7 @@ examples:
 other commands (each has its own --help):
   estimate   predict one given layout; nothing is searched
   explain    why a plan is as it is, and why not another layout
+  check      apply a plan without data: paths, shapes, schedule, memory
   diff       what differs between two plans
   models     the models that have a name
   devices    the devices and clusters that have a profile
@@ -201,6 +202,22 @@ def validate_parser() -> Parser:
         "Compares predictions with measured runs, one CSV row each (columns: docs/accuracy.md).",
     )
     add_validate_arguments(parser)
+    return parser
+
+
+def check_parser() -> Parser:
+    """Options of `plan check`."""
+    from paraplan.check import add_check_arguments
+
+    parser = _parser(
+        "check",
+        "Applies a plan to the real model without data, in this process, for one rank of each\n"
+        "pipeline stage: paths resolve, shapes divide, the schedule and the optimizer complete.\n"
+        "What torch's memory tracker counts stands beside the plan's prediction. Exits with 1\n"
+        "if they differ by more than 5 % or a stage does not fit.",
+        epilog="example:\n  plan check mistral-7b-16xh100.plan.json --stage 0",
+    )
+    add_check_arguments(parser)
     return parser
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from paraplan.argument_parsers import (
     Parser,
+    check_parser,
     devices_parser,
     diff_parser,
     estimate_parser,
@@ -65,6 +66,7 @@ def _commands() -> dict[str, Command]:
     return {
         "estimate": (estimate_parser, _estimate),
         "explain": (explain_parser, _explain),
+        "check": (check_parser, _check),
         "diff": (diff_parser, _diff),
         "models": (models_parser, _models),
         "devices": (devices_parser, _devices),
@@ -344,6 +346,12 @@ def _run_script(options: argparse.Namespace) -> int:
     from paraplan.run_command import run_script
 
     return run_script(options)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from paraplan.check import run_check
+
+    return run_check(options)
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ class Built:
         model_type: transformers' name of the architecture, or empty.
         plan: the model's own tensor-parallel plan.
         runner: micro-batch size -> a call that returns the loss.
+        inputs: micro-batch size -> what it calls the model with.
     """
 
     model: nn.Module
@@ -47,6 +50,7 @@ class Built:
     model_type: str
     plan: Mapping[str, str]
     runner: Callable[[int], Callable[[], Tensor]]
+    inputs: Callable[[int], Any]
 
 
 def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str) -> Built:
@@ -68,10 +72,11 @@ def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str
             f"{source.origin}: transformers cannot build {_name_of(cls)}: {_line(error)}"
         ) from error
     text = config.get_text_config()
-    inputs = _text_inputs if _is_text(type(model).__name__) else _image_inputs
+    make = _text_inputs if _is_text(type(model).__name__) else _image_inputs
+    inputs = partial(make, model.config, sequence_length, dtype)
 
     def runner(sequences: int) -> Callable[[], Tensor]:
-        arguments = inputs(model.config, sequences, sequence_length, dtype)
+        arguments = inputs(sequences)
 
         def call() -> Any:
             with FusedAttention():
@@ -79,7 +84,16 @@ def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str
 
         return lambda: _loss(call, source.origin)
 
-    return Built(model, text, config.model_type, getattr(model, "_tp_plan", None) or {}, runner)
+    plan = getattr(model, "_tp_plan", None) or {}
+    return Built(model, text, config.model_type, plan, runner, inputs)
+
+
+def named_inputs(built: Built, sequences: int) -> dict[str, Any]:
+    """What the model is called with, by the names of its forward's parameters."""
+    inputs = built.inputs(sequences)
+    if isinstance(inputs, dict):
+        return inputs
+    return dict(inspect.signature(built.model.forward).bind(*inputs).arguments)
 
 
 @contextmanager
@@ -214,13 +228,13 @@ def _check_length(source: ModelSource, config: Any, sequence_length: int) -> Non
         )
 
 
-def _text_inputs(config: Any, sequences: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _text_inputs(config: Any, length: int, dtype: torch.dtype, sequences: int) -> dict[str, Tensor]:
     ids = torch.empty((sequences, length), dtype=torch.long, device="meta")
     return {"input_ids": ids, "labels": torch.empty_like(ids)}
 
 
 def _image_inputs(
-    config: Any, sequences: int, length: int, dtype: torch.dtype
+    config: Any, length: int, dtype: torch.dtype, sequences: int
 ) -> dict[str, Tensor]:
     if not isinstance(getattr(config, "image_size", None), (int, list, tuple)):
         raise InputError(f"images of a {config.model_type} model have no known size")
@@ -300,8 +314,11 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
     _to_meta(model, dtype)
     model.train()
 
+    def repeated(sequences: int) -> Any:
+        return _repeated(example, sequences, dtype)
+
     def runner(sequences: int) -> Callable[[], Tensor]:
-        inputs = _repeated(example, sequences, dtype)
+        inputs = repeated(sequences)
 
         def call() -> Any:
             with FusedAttention(), torch.device("meta"):
@@ -311,7 +328,7 @@ def _from_callable(source: ModelSource, dtype: torch.dtype) -> Built:
 
     plan = getattr(model, "_tp_plan", None) or {}
     text = config.get_text_config() if is_transformers and config is not None else None
-    return Built(model, text, getattr(config, "model_type", "") or "", plan, runner)
+    return Built(model, text, getattr(config, "model_type", "") or "", plan, runner, repeated)
 
 
 @contextmanager

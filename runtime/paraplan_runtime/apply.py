@@ -11,6 +11,7 @@ import inspect
 import logging
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from paraplan.plan_file import Plan
@@ -126,7 +127,7 @@ def _prepare_stage(
 ) -> nn.Module:
     paths = stages[index]
     part = cut(model, stages, index)
-    if plan.workload.precision != "fp32":
+    if any(parameter.dtype != torch.float32 for parameter in part.parameters()):
         part.float()  # master weights
     if plan.layout.tensor > 1:
         stream = SplitStream(ranks.device, ranks.place("tensor")) if draws_randomly(model) else None

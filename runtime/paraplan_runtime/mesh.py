@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from paraplan.errors import InputError
 from paraplan.plan_file import Layout
+from paraplan_runtime.rehearsal import real_tensors
 
 AXES = ("pipeline", "data_replicate", "data_shard", "tensor")
 
@@ -118,6 +119,7 @@ def build_ranks(layout: Layout, device: torch.device) -> Ranks:
             hint=f"start {layout.devices} processes, or plan for {world} devices",
         )
     sizes = (layout.pipeline, layout.data_replicate, layout.data_shard, layout.tensor)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    data = mesh["data_replicate", "data_shard"]._flatten("data")
+    with real_tensors():
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        data = mesh["data_replicate", "data_shard"]._flatten("data")
     return Ranks(layout=layout, device=device, mesh=mesh, data_group=data.get_group())

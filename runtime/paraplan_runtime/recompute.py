@@ -20,15 +20,16 @@ from torch.utils.checkpoint import (
 from paraplan.plan_file import Recompute
 
 _KEPT_OPERATORS = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "_grouped_mm",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_grouped_mm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "paraplan::attention",  # stands for a fused kernel in a dry run
 )
 
 
@@ -57,8 +58,12 @@ def apply_recompute(layer: nn.Module, mode: Recompute) -> None:
 
 
 def _kept_overloads() -> list[Any]:
-    aten = torch.ops.aten
-    return [getattr(aten, name).default for name in _KEPT_OPERATORS if hasattr(aten, name)]
+    found = []
+    for name in _KEPT_OPERATORS:
+        namespace, _, operator = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        found += [] if packet is None else [packet.default]
+    return found
 
 
 def _policy(

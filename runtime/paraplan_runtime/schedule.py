@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from paraplan_runtime.mesh import Ranks
+from paraplan_runtime.pipeline_stage import LeanPipelineStage
 from paraplan_runtime.shard import free_gathered, prepare_micro_batch
 from paraplan_runtime.stage import StageModule, StagePaths, Step
 
@@ -138,7 +139,7 @@ class Runner:
             scalar = torch.empty((), device="meta").requires_grad_(backward)
             shapes["input_args"] = () if paths.is_first else (hidden,)
             shapes["output_args"] = (scalar,) if paths.is_last else (hidden,)
-        return PipelineStage(
+        return LeanPipelineStage(
             stage, paths.index, paths.count, device, group=self.ranks.group("pipeline"), **shapes
         )
 

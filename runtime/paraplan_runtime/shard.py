@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from paraplan.plan_file import Precision
 from paraplan_runtime.gradients import local
 from paraplan_runtime.mesh import Ranks
+from paraplan_runtime.rehearsal import real_tensors
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,9 +58,11 @@ def shard(
     mesh = ranks.fsdp_mesh
     for module in groups:
         _move(module, ranks.device)
-        fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3, mp_policy=policy)
+        with real_tensors():  # FSDP makes meshes
+            fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3, mp_policy=policy)
     _move(model, ranks.device)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    with real_tensors():
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     _materialise(model, ranks.device)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -272,7 +272,9 @@ class StageModule(nn.Module):
         step = self._step
         if step is None:
             raise RuntimeError("begin() must be called before a stage runs")
-        number = int(index)
+        # The schedule hands out views of arange(micro_batches): where one begins is its number,
+        # which a dry run's tensors without data know too.
+        number = index if isinstance(index, int) else int(index.storage_offset())
         self._entering = hidden
         inputs = step.micro_batch(number)
         if not self.paths.is_last:

@@ -1,0 +1,163 @@
+"""A plan applied to the real model on one process, for one rank of each stage, without data.
+
+The whole runtime runs as in training, on tensors that have shapes and no contents, in a process
+group of which this rank alone exists: module paths resolve, shapes divide, the schedule
+completes, the optimizer steps. torch's ``MemTracker`` counts every storage. The second step is
+the one that counts: only then does the optimizer's state exist. A third, equal one stops where
+the second had its peak and looks who holds what there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from paraplan.errors import InputError
+from paraplan.plan_file import Plan
+from paraplan_runtime.apply import parallelize
+from paraplan_runtime.memory_tracker import Peak, PeakTracker
+from paraplan_runtime.model import ParallelModel
+from paraplan_runtime.rehearsal import imagined_pipeline
+
+OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
+    # On a GPU torch's optimizers work on all parameters at once by default; on a CPU one by one.
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, foreach=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, foreach=True),
+    "sgd-momentum": lambda parameters: torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, foreach=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one rank did.
+
+    Attributes:
+        rank: its number in the job.
+        micro_batches: of the steps that ran.
+        peak_bytes: most memory alive at once in a step.
+        parts: the same by what holds it (fields of ``plan_file.MemoryParts``).
+        optimizer_peak_bytes: most memory alive in the optimizer's step.
+    """
+
+    rank: int
+    micro_batches: int
+    peak_bytes: int
+    parts: Mapping[str, int]
+    optimizer_peak_bytes: int
+
+
+def enough_micro_batches(plan: Plan) -> int:
+    """The fewest micro-batches that show a step's peak.
+
+    A pipeline rank keeps at most ``pipeline`` micro-batches in flight (1F1B), so one more than
+    that has a first backward behind it at full flight; interleaved schedules run whole rounds.
+    """
+    layout = plan.layout
+    if layout.pipeline == 1:
+        return min(layout.micro_batches, 2)
+    if layout.virtual_stages == 1:
+        return min(layout.micro_batches, layout.pipeline + 1)
+    wanted = 3 * layout.pipeline
+    return layout.micro_batches if layout.micro_batches <= wanted else wanted
+
+
+def with_micro_batches(plan: Plan, micro_batches: int) -> Plan:
+    """The plan for a smaller batch of as many micro-batches."""
+    layout = plan.layout.model_copy(update={"micro_batches": micro_batches})
+    workload = plan.workload.model_copy(update={"global_batch": layout.global_batch})
+    return plan.model_copy(update={"layout": layout, "workload": workload})
+
+
+def rehearse(
+    plan: Plan,
+    pipeline_rank: int,
+    model: nn.Module,
+    inputs: Callable[[int], Mapping[str, torch.Tensor]],
+    *,
+    micro_batches: int | None = None,
+) -> Rehearsed:
+    """Run one rank of a plan without data.
+
+    Args:
+        pipeline_rank: whose stages; its first rank is taken, all others do the same.
+        model: on the meta device; it is taken apart.
+        inputs: rows -> the arguments of the model's forward, labels included, on meta.
+        micro_batches: of a step (default: `enough_micro_batches`).
+
+    Raises:
+        InputError: the plan cannot be applied, with the reason.
+    """
+    make = OPTIMIZERS.get(plan.workload.optimizer)
+    if make is None:
+        raise InputError(
+            f"the dry run knows no optimizer {plan.workload.optimizer!r}",
+            hint=f"one of {', '.join(OPTIMIZERS)}",
+        )
+    short = with_micro_batches(plan, micro_batches or enough_micro_batches(plan))
+    layout = short.layout
+    rank = pipeline_rank * (layout.devices // layout.pipeline)
+    batch = inputs(layout.global_batch)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _imagined_job(rank, layout.devices), imagined_pipeline(), fake:
+        parallel = parallelize(model, short, device_type="cpu")
+        optimizer = make([p for p in parallel.parameters() if p.requires_grad])
+        rows = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
+        tracker = PeakTracker(parallel, optimizer)
+        with tracker:
+            peak = _find_peak(lambda: _step(parallel, optimizer, rows), tracker)
+    return Rehearsed(
+        rank=rank,
+        micro_batches=layout.micro_batches,
+        peak_bytes=peak.peak_bytes,
+        parts=tracker.parts,
+        optimizer_peak_bytes=peak.optimizer_peak_bytes,
+    )
+
+
+def _find_peak(step: Callable[[], None], tracker: PeakTracker) -> Peak:
+    """Run steps until one has been looked at where it has its peak: mostly two.
+
+    Only from the second on does the optimizer's state exist.
+    """
+    tracker.look_at(-1)
+    step()
+    while True:
+        expected = tracker.result().operation
+        tracker.look_at(expected)
+        step()
+        if tracker.result().operation == expected:
+            return tracker.result()
+
+
+def _step(
+    model: ParallelModel, optimizer: torch.optim.Optimizer, rows: Mapping[str, torch.Tensor]
+) -> None:
+    output = model(**rows)
+    loss = output if isinstance(output, torch.Tensor) else output.loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def _imagined_job(rank: int, world_size: int) -> Iterator[None]:
+    """A process group in which the other ranks are only imagined."""
+    if dist.is_initialized():
+        raise InputError("a dry run needs a process of its own: a process group exists already")
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

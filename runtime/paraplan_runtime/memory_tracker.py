@@ -1,0 +1,146 @@
+"""torch's ``MemTracker``, asked when the peak of a step is and who holds what at that moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from paraplan_runtime.gradients import local
+from paraplan_runtime.model import ParallelModel
+
+_MADE = {_MemRefType.ACT: "activations", _MemRefType.OTH: "gathered_parameters"}
+"""What storages hold that nothing holds by name; FSDP's buffers are marked as ``OTH``."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory of a step, and when."""
+
+    peak_bytes: int
+    operation: int
+    optimizer_peak_bytes: int
+
+
+class _NoModules:
+    """In place of torch's ``ModTracker``, which allows one call of a module before its backward."""
+
+    @property
+    def is_bw(self) -> bool:
+        return bool(torch._C._current_graph_task_id() != -1)
+
+    def register_user_hooks(self, *hooks: Any) -> None:
+        pass
+
+    def clear_user_hooks(self) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+class PeakTracker(MemTracker):
+    """Counts storages as ``MemTracker`` does, over as many steps and micro-batches as wanted.
+
+    Its statistics by module are left out: they are kept for one call of the model only.
+    """
+
+    def __init__(self, model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self._mod_tracker = _NoModules()  # type: ignore[assignment]
+        self._model = model
+        self._optimizer = optimizer
+        self.parts: dict[str, int] = {}
+        self._wanted = -1
+        self._operation = self._peak_at = 0
+        self._peak_bytes = self._optimizer_peak = 0
+        self.track_external(*model.stages)
+
+    def look_at(self, operation: int) -> None:
+        """A step begins, in which ``parts`` is to be filled when ``operation`` has run."""
+        self._operation = self._peak_at = 0
+        self._peak_bytes = self._optimizer_peak = 0
+        self._wanted = operation
+
+    def result(self) -> Peak:
+        """The peak since `look_at`."""
+        return Peak(self._peak_bytes, self._peak_at, self._optimizer_peak)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the call and count what it made."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if func.namespace == "fsdp":
+            for tensor in _tensors((args, kwargs, result)):
+                self._update_and_maybe_create_winfos(tensor, _MemRefType.OTH)
+        return result
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        self._operation += 1
+        total = sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
+        if self._in_opt:
+            self._optimizer_peak = max(self._optimizer_peak, total)
+        if total > self._peak_bytes:
+            self._peak_bytes, self._peak_at = total, self._operation
+        if self._operation == self._wanted:
+            self.parts = self._held()
+
+    def _held(self) -> dict[str, int]:
+        owners = dict(self._owners())
+        parts: dict[str, int] = {}
+        for storage, (info, _) in self._WINFO.items():  # type: ignore[no-untyped-call]
+            part = owners.get(storage._cdata)
+            if part is None:
+                part = _MADE.get(info.reftype, "working")
+            parts[part] = parts.get(part, 0) + info.mem_consumed
+        return parts
+
+    def _owners(self) -> Iterator[tuple[int, str]]:
+        """Storage -> part, for what is held by name."""
+        for tensor, part in self._named():
+            if tensor is not None:
+                yield local(tensor).untyped_storage()._cdata, part
+
+    def _named(self) -> Iterator[tuple[torch.Tensor | None, str]]:
+        for group in _parameter_groups(self._model):
+            for held in group.fsdp_params:
+                for output in held.all_gather_outputs:
+                    yield output, "gathered_parameters"
+                unsharded = getattr(held, "_unsharded_param", None)
+                if unsharded is not None:
+                    yield unsharded, "gathered_parameters"
+                    yield unsharded.grad, "gathered_parameters"
+                yield held.unsharded_accumulated_grad, "gradients"
+                yield held.sharded_param.grad, "gradients"
+        for parameter in self._model.own:
+            yield parameter.value, "parameters"
+            yield parameter.value.grad, "gradients"
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    yield value, "optimizer"
+
+
+def _parameter_groups(model: ParallelModel) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value.to_local() if isinstance(value, DTensor) else value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

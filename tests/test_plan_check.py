@@ -1,0 +1,87 @@
+"""`plan check`: the runtime on tensors without data, and the memory that torch counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paraplan import estimate
+from paraplan.check import check_plan
+from paraplan.cli import main
+from paraplan.plan_file import Plan, save_plan
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return str(folder)
+
+
+def planned(model: str, fix: str, **options: object) -> Plan:
+    return estimate(model, gpus=16, fix=fix, seq_len=1024, **options)
+
+
+def test_more_micro_batches_hold_no_more(model: str) -> None:
+    plan = planned(model, "pipeline=2,data_shard=8,zero_stage=2", global_batch=64)
+    short, long = (
+        next(check_plan(plan, model=model, ranks=[0], micro_batches=count)) for count in (None, 8)
+    )
+    assert short.micro_batches < long.micro_batches == 8
+    # The rows of the global batch themselves are longer: 8 bytes for each of its tokens.
+    assert 0 <= long.counted_bytes - short.counted_bytes <= 2 * 8 * 64 * 1024
+
+
+def test_command_says_what_it_found(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(model, "data_shard=8,tensor=2,sequence_parallel=true", global_batch=16)
+    file = str(tmp_path / "a.plan.json")
+    save_plan(plan, file)
+    code = main(["check", file, "--model", model, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    (stage,) = found["stages"]
+    assert code == (1 if found["problems"] else 0)
+    for part in ("parameters", "optimizer"):  # arithmetic, up to FSDP's padding
+        assert stage["counted"][part] == pytest.approx(stage["predicted"][part], rel=0.01)
+    assert stage["counted_bytes"] == sum(stage["counted"].values())
+
+
+def test_a_contradicted_plan_exits_with_one(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(model, "data_shard=16", global_batch=16)
+    stage = plan.stages[0]
+    parts = stage.memory.model_copy(update={"working": stage.memory.working + 2**30})
+    lying = stage.model_copy(update={"memory": parts, "memory_bytes": parts.total})
+    file = str(tmp_path / "lying.plan.json")
+    peak = plan.prediction.model_copy(update={"peak_memory_bytes": parts.total})
+    save_plan(plan.model_copy(update={"stages": (lying,), "prediction": peak}), file)
+    assert main(["check", file, "--model", model]) == 1
+    assert "off the dry run" in capsys.readouterr().out
+
+
+def test_another_model_and_a_missing_stage_are_bad_input(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "a.plan.json")
+    save_plan(planned(model, "data_shard=16", global_batch=16), file)
+    assert main(["check", file, "--model", "gpt2"]) == 2
+    assert "made for another" in capsys.readouterr().err
+    assert main(["check", file, "--model", model, "--stage", "1"]) == 2
+    assert "stages 0 to 0" in capsys.readouterr().err
