@@ -11,6 +11,7 @@ import json
 import sys
 import types
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,15 @@ LAYOUTS: dict[str, Layout] = {
 RECOMPUTE = ("none", "selective", "full", "mixed")
 
 
+@cache
+def source_plan() -> Plan:
+    """What the plans below are made from."""
+    return made_plan()
+
+
 def plan_with(layout: Layout, recompute: str = "none", **changes: Any) -> Plan:
     """A plan of six layers on eight devices with this layout, consistent in itself."""
-    source = made_plan()
+    source = source_plan()
     count = layout.pipeline * layout.virtual_stages
     sizes = [6 // count] * count
     if layout.schedule == "1f1b":

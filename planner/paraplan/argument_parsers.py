@@ -227,8 +227,9 @@ def timeline_parser() -> Parser:
 
     parser = _parser(
         "timeline",
-        "Replays a plan's step event by event and writes what each pipeline rank does as a Chrome\n"
-        "trace (for https://ui.perfetto.dev); says how far the replay is from the closed form.",
+        "Replays a plan's step event by event and writes what each pipeline rank does\n"
+        "as a Chrome trace (for https://ui.perfetto.dev); says how far the replay is\n"
+        "from the closed form.",
         epilog="example:\n  plan timeline mistral-7b-16xh100.plan.json -o trace.json",
     )
     add_timeline_arguments(parser)
@@ -269,9 +270,9 @@ def report_parser() -> Parser:
 
     parser = _parser(
         "report",
-        "Writes one HTML file that needs no network: the mesh, the timeline of a step, where time\n"
-        "and memory go, what came close, and the proof. Of a what-if: the answer, the Pareto\n"
-        "front, curves, and every point with its command.",
+        "Writes one HTML file that needs no network: the mesh, the timeline of a step,\n"
+        "where time and memory go, what came close, and the proof. Of a what-if: the\n"
+        "answer, the Pareto front, curves, and every point with its command.",
         epilog="examples:\n  plan report mistral-7b-16xh100.plan.json -o report.html\n"
         "  plan report sweep.json -o sweep.html",
     )
@@ -285,10 +286,9 @@ def export_parser() -> Parser:
 
     parser = _parser(
         "export",
-        "Writes a plan as the launch configuration of another tool. What the tool cannot express\n"
-        "is noted on stderr and in the file.",
-        epilog="example:\n  plan export mistral-7b-16xh100.plan.json --to torchtitan -o "
-        "torchtitan_plan.py",
+        "Writes a plan as the launch configuration of another tool. What the tool\n"
+        "cannot express is noted on stderr and in the file.",
+        epilog="example:\n  plan export mistral-7b-16xh100.plan.json --to megatron -o my.args",
     )
     add_export_arguments(parser)
     return parser

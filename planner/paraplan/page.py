@@ -110,8 +110,8 @@ def _answer(plan: Plan) -> str:
         f'<p class="answer"><strong>{text(layout_words(plan.layout))}</strong>.{fits} '
         f"{plan.model.parameter_count / 1e9:.2f} B parameters, {work.global_batch:,} sequences of "
         f"{work.sequence_length:,} tokens a step, {text(work.precision)}, {text(work.optimizer)}; "
-        f"{plan.cluster.nodes:,} nodes of {plan.cluster.devices_per_node}.</p>"
-        + definition_list(facts)
+        f"{plan.cluster.nodes:,} {'node' if plan.cluster.nodes == 1 else 'nodes'} of "
+        f"{plan.cluster.devices_per_node}.</p>" + definition_list(facts)
     )
 
 
