@@ -186,13 +186,14 @@ def _drawn(point: Point, series: Series, x: Axis, y: Axis) -> str:
 
 
 def _shape(look: int, x: float, y: float, attributes: str, inside: str = "") -> str:
-    """Circle, square, diamond or triangle: each colour has another shape than its neighbours."""
+    """Circle, square, diamond or triangle: 32 looks before one comes again."""
     s = SIZE
-    if look % 4 == 0:
+    form = (look + look // 8) % 4
+    if form == 0:
         return f'<circle cx="{x}" cy="{y}" r="{s}" {attributes}>{inside}</circle>'
     corners = {
         1: f"M{x - s} {y - s}h{2 * s}v{2 * s}h{-2 * s}z",
         2: f"M{x} {y - s - 1}l{s + 1} {s + 1}l{-s - 1} {s + 1}l{-s - 1} {-s - 1}z",
         3: f"M{x} {y - s}l{s} {2 * s}h{-2 * s}z",
-    }[look % 4]
+    }[form]
     return f'<path d="{corners}" {attributes}>{inside}</path>'

@@ -262,7 +262,7 @@ def _sensitivity(result: WhatIf) -> str:
             (
                 Cell(text(f"{point.gpus} x {point.device}")),
                 Cell(text(one.resource.replace("_", " "))),
-                number(one.factor, "g"),
+                number(one.factor, ".4g"),
                 number(one.step_change, "+.2f", scale=100),
                 number(one.dollars_change, "+.2f", scale=100),
                 Cell(picture),
