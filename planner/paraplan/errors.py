@@ -14,6 +14,8 @@ class PlanError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # for a script that lets it end in a traceback
 
 
 class InputError(PlanError):

@@ -130,7 +130,7 @@ def enable_advanced_parallelization(
     place = find_place(os.environ)
     devices = find_devices(gpus if place is None else None)
     if place is None and devices.count > 1:
-        reason = why_one_process(os.environ)
+        reason = why_one_process()
         if reason is None:
             run_again_and_exit(devices)
         say(f"{reason}: one process trains on one device")

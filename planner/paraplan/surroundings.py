@@ -93,14 +93,15 @@ def first_host(nodes: str) -> str:
     return head + rest.partition("]")[0].partition(",")[0].partition("-")[0]
 
 
-def why_one_process(environment: Mapping[str, str]) -> str | None:
+def why_one_process() -> str | None:
     """Why this process cannot be started again on other devices; None if it can."""
     main = sys.modules.get("__main__")
     if hasattr(sys, "ps1") or sys.flags.interactive or "ipykernel" in sys.modules:
         return "this is an interactive session"
     if "debugpy" in sys.modules or "pydevd" in sys.modules or _traced_by_pdb():
         return "a debugger is attached"
-    if getattr(main, "__file__", None) is None and "-c" not in sys.orig_argv:
+    # A script read from a pipe says that its file is ``<stdin>``.
+    if "-c" not in sys.orig_argv and not os.path.isfile(getattr(main, "__file__", None) or ""):
         return "there is no script file to start again"
     return None
 

@@ -65,6 +65,21 @@ def test_a_stopped_launcher_leaves_nothing(tmp_path: Path) -> None:
         started.stdout.close()
 
 
+def test_what_cannot_start_again_goes_on_alone(tmp_path: Path) -> None:
+    script = "import torch; torch.moreh.option.enable_advanced_parallelization(); print('after')"
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=script,
+        env=environment(tmp_path) | TWO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "after\n"
+    assert done.stderr.count("there is no script file to start again") == 1
+
+
 def test_disabled_it_is_the_plain_script(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(
         "import torch\n"
