@@ -56,7 +56,9 @@ def test_trainer(folder: Path, layout: str, more: tuple[str, ...]) -> None:
     saved, alone = (load_file(folder / where / name) for where in ("spread", "plain"))
     assert saved.keys() == alone.keys()
     for key, tensor in saved.items():
-        assert (tensor - alone[key]).abs().max() <= 1e-5, key
+        # By norm: Adam divides by the gradient's size, so that single elements with gradients
+        # near zero move by rounding alone.
+        assert (tensor - alone[key]).norm() <= 1e-5 * alone[key].norm(), key
 
 
 @pytest.mark.matrix
