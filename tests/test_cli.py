@@ -244,7 +244,7 @@ def test_a_new_option_is_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     expected = (
         "--model --gpus --device --gpus-per-node --cluster --global-batch --seq-len --precision "
         "--optimizer --memory-limit --memory --scale --fix --trust-remote-code --allow --top "
-        "--output --json --quiet --verbose --version --print-completion --help --why-not"
+        "--output --json --csv --quiet --verbose --version --print-completion --help --why-not"
     )
     assert options_of(capsys=capsys) == set(expected.split())
 

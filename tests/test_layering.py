@@ -12,6 +12,7 @@ PLANNER = ROOT / "planner" / "paraplan"
 ORDER = """
 errors graph
 plan_file
+tables
 profile_types
 op_table
 device

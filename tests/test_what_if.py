@@ -105,3 +105,138 @@ def test_workers_plan_the_same_and_a_second_run_plans_nothing(
     assert parallel.points == alone.points
     monkeypatch.setattr(sweep, "_plan", lambda task: pytest.fail("a point was planned again"))
     assert swept(capsys=capsys).points == alone.points
+
+
+def exhaustive(result: WhatIf, deadline: float, budget: float) -> tuple[int | None, int | None]:
+    """Cheapest and fastest ids that meet both limits, straight from the table."""
+    meets = [
+        p
+        for p in result.points
+        if p.training_days is not None
+        and p.training_dollars is not None
+        and p.training_days <= deadline
+        and p.training_dollars <= budget
+    ]
+    if not meets:
+        return None, None
+    cheapest = min(meets, key=lambda p: (p.training_dollars, p.training_days, p.id))
+    fastest = min(meets, key=lambda p: (p.training_days, p.training_dollars, p.id))
+    return cheapest.id, fastest.id
+
+
+def test_answers_are_those_of_the_exhaustive_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every deadline and budget between the points: the same choice, or that there is none."""
+    whole = swept(capsys=capsys)
+    days = sorted({p.training_days for p in whole.points if p.training_days})
+    dollars = sorted({p.training_dollars for p in whole.points if p.training_dollars})
+    answered = unanswered = 0
+    for deadline in (days[0] * 0.9, days[1] * 1.01, days[-2] * 1.01, days[-1] * 1.01):
+        for budget in (dollars[0] * 0.9, dollars[0] * 1.01, dollars[3] * 1.01, dollars[-1] * 1.01):
+            limits = ["--deadline", f"{deadline:.6f}d", "--budget", f"{budget:.6f}"]
+            code, out, err = run(*SWEEP, "--workers", "1", *limits, "--json", capsys=capsys)
+            found = WhatIf.model_validate_json(out).answer
+            assert found is not None
+            cheapest, fastest = exhaustive(whole, deadline, budget)
+            if cheapest is None:
+                unanswered += 1
+                assert (code, found.cheapest, found.fastest) == (3, None, None)
+                assert err.startswith("error: none of the 8 points meets")
+                assert "hint: nearest: " in err and err.count("\n") == 2
+                over = {
+                    p.id: max(p.training_days / deadline, p.training_dollars / budget)
+                    for p in whole.points
+                    if p.training_days and p.training_dollars
+                }
+                assert found.nearest == min(over, key=lambda i: (over[i], i))
+            else:
+                answered += 1
+                assert code == 0 and found.cheapest and found.fastest
+                assert (found.cheapest.point, found.fastest.point) == (cheapest, fastest)
+                free = exhaustive(whole, float("inf"), budget)
+                assert ("deadline" in found.cheapest.binding) == (free[0] != cheapest)
+                assert ("deadline" in found.fastest.binding) == (free[1] != fastest)
+                free = exhaustive(whole, deadline, float("inf"))
+                assert ("budget" in found.cheapest.binding) == (free[0] != cheapest)
+                assert ("budget" in found.fastest.binding) == (free[1] != fastest)
+    assert answered >= 4 and unanswered >= 4
+
+
+def test_pareto_front_is_what_nothing_beats(capsys: pytest.CaptureFixture[str]) -> None:
+    result = swept("--memory", "2,80", capsys=capsys)
+    done = [p for p in result.points if p.training_days and p.training_dollars]
+
+    def beaten(one: WhatIfPoint, by: WhatIfPoint) -> bool:
+        here = (one.training_days, one.training_dollars)
+        there = (by.training_days, by.training_dollars)
+        return there != here and all(b <= a for a, b in zip(here, there, strict=True))  # type: ignore[operator]
+
+    front = {p.id for p in done if not any(beaten(p, other) for other in done)}
+    pairs = {(p.training_days, p.training_dollars) for p in done if p.id in front}
+    chosen = {
+        (result.points[i].training_days, result.points[i].training_dollars) for i in result.pareto
+    }
+    assert chosen == pairs
+    assert {p.id for p in result.points if p.pareto} == set(result.pareto)
+
+
+def test_headroom_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every plan leaves it free, and the point's command plans with the same limit."""
+    tight = swept("--memory", "0.9,2", "--min-headroom", "30%", capsys=capsys)
+    assert any(p.status == "infeasible" and "more per device" in p.reason for p in tight.points)
+    planned = [p for p in tight.points if p.status == "planned"]
+    assert planned
+    for point in planned:
+        assert point.headroom is not None and point.headroom >= 0.3
+        assert "--memory-limit" in point.command
+
+
+def test_more_of_any_resource_never_worsens_the_optimum(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = swept("--memory", "1,1.5,40", "--link-bandwidth", "x0.5,x1,x4", capsys=capsys)
+    steps: dict[tuple[object, ...], float] = {
+        (p.device, p.gpus, p.memory_gib, p.link_bandwidth): p.step_seconds or float("inf")
+        for p in result.points
+    }
+    for (device, gpus, memory, link), step in steps.items():
+        for (device_b, gpus_b, memory_b, link_b), richer in steps.items():
+            more = memory_b >= memory and link_b >= link  # type: ignore[operator]
+            if (device, gpus) == (device_b, gpus_b) and more:
+                assert richer <= step * (1 + 1e-6)
+    sensitive = swept("--sensitivity", capsys=capsys).sensitivity
+    assert {row.resource for row in sensitive} == {
+        "compute", "memory", "memory_bandwidth", "link_inside", "link_between", "price",
+    }  # fmt: skip
+    assert all(row.step_change <= 1e-6 for row in sensitive)
+    changes = [row.dollars_change for row in sensitive]
+    assert changes == sorted(changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", ""], "--gpus is empty"),
+        (["--gpus", "8..4"], "empty range"),
+        (["--gpus", "8..x"], "whole numbers and ranges"),
+        (["--gpus", "4", "--device", "h1000"], "unknown device"),
+        (["--gpus", "4", "--cluster", "dgx-h100", "--device", "h100"], "alternatives"),
+        (["--gpus", "4", "--precision", "int3"], "unknown precision"),
+        (["--gpus", "4", "--link-bandwidth", "twice"], "a factor is wanted"),
+        (["--gpus", "4", "--link-bandwidth", "0"], "a factor from"),
+        (["--gpus", "4", "--budget", "0"], "a number above 0"),
+        (["--gpus", "4", "--deadline", "soon"], "a time above 0"),
+        (["--gpus", "4", "--min-headroom", "100%"], "a share below 100%"),
+        (["--gpus", "4", "--price", "h100"], "a number above 0"),
+        (["--gpus", "4", "--tokens", "-1"], "--tokens"),
+        (["--gpus", "12"], "do not fill nodes"),
+        (["--gpus", "4", "--workers", "0"], "--workers is 0"),
+        ([], "--gpus is missing"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run("what-if", "--model", "tiny", *arguments, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and message in err
+    assert err.count("\n") <= 2

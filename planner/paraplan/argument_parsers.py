@@ -111,6 +111,7 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
         "-o", "--output", metavar="FILE", help=f"where to write the plan ({default}; - for stdout)"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, nothing else")
+    parser.add_argument("--csv", action="store_true", help="print one row of CSV, nothing else")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
 
@@ -171,6 +172,7 @@ def diff_parser() -> Parser:
     parser = _parser("diff", "Lists what differs between two plans; exit code 1 if anything does.")
     parser.add_argument("plans", nargs=2, metavar="PLAN", help="a plan file")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--csv", action="store_true", help="print CSV, nothing else")
     return parser
 
 
@@ -178,6 +180,7 @@ def models_parser() -> Parser:
     """Options of `plan models`."""
     parser = _parser("models", "Lists the models that can be named.")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--csv", action="store_true", help="print CSV, nothing else")
     return parser
 
 
@@ -185,6 +188,7 @@ def devices_parser() -> Parser:
     """Options of `plan devices`."""
     parser = _parser("devices", "Lists the devices and clusters that have a profile.")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--csv", action="store_true", help="print CSV, nothing else")
     return parser
 
 

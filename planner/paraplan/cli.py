@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paraplan.argument_parsers import (
     Parser,
@@ -35,6 +35,7 @@ from paraplan.errors import InputError, PlanError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from paraplan.device import Device
     from paraplan.plan_file import Plan
     from paraplan.request import Request
 
@@ -157,7 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
     with _progress(options) as report:
         plan = plan_request(request, report=report)
     target = options.output
-    if target is None and not options.json:
+    if target is None and not options.json and not options.csv:
         target = default_file_name(request, plan)
     return _deliver(plan, target, options)
 
@@ -191,6 +192,10 @@ def _deliver(plan: Plan, target: str | None, options: argparse.Namespace) -> int
     if target not in (None, "-"):
         note = _replaced(plan, str(target))
         save_plan(plan, str(target))
+    if options.csv:
+        from paraplan.tables import plan_row
+
+        return _print_csv([plan_row(plan)])
     if options.json or target == "-":
         sys.stdout.write(plan_to_json(plan))
         sys.stdout.flush()
@@ -204,6 +209,14 @@ def _deliver(plan: Plan, target: str | None, options: argparse.Namespace) -> int
             console.print(f"wrote {target}", highlight=False, soft_wrap=True, markup=False)
         if note:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> int:
+    from paraplan.tables import rows_to_csv
+
+    sys.stdout.write(rows_to_csv(rows))
+    sys.stdout.flush()
     return 0
 
 
@@ -237,7 +250,7 @@ def _progress(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
     """Phases on stderr: lines with --verbose, a spinner on a terminal, else nothing."""
     if options.verbose and not options.json:
         yield lambda line: print(line, file=sys.stderr)
-    elif options.json or options.quiet or not sys.stderr.isatty():
+    elif options.json or options.csv or options.quiet or not sys.stderr.isatty():
         yield lambda line: None
     else:
         from rich.console import Console
@@ -273,9 +286,11 @@ def _diff(options: argparse.Namespace) -> int:
 
     one, other = (load_plan(path) for path in options.plans)
     found = differences(one, other)
+    rows: list[dict[str, Any]] = [{"field": name, "before": a, "after": b} for name, a, b in found]
     if options.json:
-        rows = [{"field": name, "before": a, "after": b} for name, a, b in found]
         print(json.dumps({"differences": rows}))
+    elif options.csv:
+        _print_csv(rows)
     else:
         for name, before, after in found:
             print(f"{name}: {before} -> {after}")
@@ -288,6 +303,8 @@ def _models(options: argparse.Namespace) -> int:
     from paraplan.models import preset_names
 
     names = preset_names()
+    if options.csv:
+        return _print_csv([{"model": name} for name in names])
     print(json.dumps({"models": list(names)}) if options.json else "\n".join(names))
     return 0
 
@@ -308,6 +325,8 @@ def _devices(options: argparse.Namespace) -> int:
             )
         )
         return 0
+    if options.csv:
+        return _print_csv([_device_row(device) for device in devices])
     for device in devices:
         gib = device.memory_capacity_bytes.value / 2**30
         print(f"{device.name:18s} {gib:6.1f} GiB  {device.description}")
@@ -315,6 +334,18 @@ def _devices(options: argparse.Namespace) -> int:
     for cluster in clusters:
         print(f"{cluster.name:18s} {cluster.devices_per_node} per node  {cluster.description}")
     return 0
+
+
+def _device_row(device: Device) -> dict[str, Any]:
+    figures = ("memory_capacity_bytes", "memory_bandwidth_bytes_per_second", "power_watts")
+    row: dict[str, Any] = {"device": device.name, "cluster": device.default_cluster}
+    for name in (*figures, "price_per_device_hour"):
+        figure = getattr(device, name)
+        row[name] = None if figure is None else figure.value
+    for dtype in ("bfloat16", "float16", "float32"):
+        peak = device.peak_flops_per_second.get(dtype)
+        row[f"{dtype}_flops_per_second"] = None if peak is None else peak.value
+    return row
 
 
 def _schema(options: argparse.Namespace) -> int:

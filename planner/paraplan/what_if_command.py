@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from paraplan.errors import InfeasibleError, InputError
 from paraplan.sweep import Done, cpu_count
+from paraplan.tables import rows_to_csv
 from paraplan.what_if_file import (
     WhatIf,
-    rows_to_csv,
     save_what_if,
     what_if_to_json,
 )

@@ -6,11 +6,8 @@ repeats the whole question it answers, and holds the command that plans it alone
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +21,7 @@ from paraplan.plan_file import (
     read_small_file,
     write_atomically,
 )
+from paraplan.tables import to_dataframe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -220,31 +218,6 @@ class WhatIf(_Frozen):
     def to_dataframe(self) -> Any:
         """The points as a pandas data frame, one column a field."""
         return to_dataframe(self.points)
-
-
-def to_dataframe(rows: Sequence[BaseModel]) -> Any:
-    """Tidy rows as a pandas data frame.
-
-    Raises:
-        InputError: pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError:
-        raise InputError("pandas is not installed", hint="pip install pandas") from None
-    columns = list(type(rows[0]).model_fields) if rows else None
-    return pandas.DataFrame([row.model_dump(mode="json") for row in rows], columns=columns)
-
-
-def rows_to_csv(rows: Iterable[dict[str, Any]]) -> str:
-    """Dictionaries of the same keys as CSV text with a header; None is an empty cell."""
-    listed = list(rows)
-    text = io.StringIO()
-    if listed:
-        writer = csv.DictWriter(text, list(listed[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(listed)
-    return text.getvalue()
 
 
 def what_if_to_json(result: WhatIf) -> str:
