@@ -5,7 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,3 +245,38 @@ def test_bad_input_gets_one_line(
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and message in err
     assert err.count("\n") <= 2
+
+
+def test_ctrl_c_keeps_what_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Interrupted after some points: they are on disk, whole, and never planned again."""
+    points = tmp_path / "cache" / "points"
+    environment = {**os.environ, "PARAPLAN_CACHE": str(tmp_path / "cache")}
+    many = ["what-if", "--model", "tiny", "--gpus", "8..64", "--global-batch", "256,512,768,1024"]
+    sweeping = subprocess.Popen(
+        [sys.executable, "-m", "paraplan.cli", *many, "--workers", "2", "-q"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while sweeping.poll() is None and not list(points.glob("*/*.json")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    sweeping.send_signal(signal.SIGINT)
+    _, err = sweeping.communicate(timeout=120)
+    kept = {path: path.stat().st_mtime_ns for path in points.glob("*/*.json")}
+    assert kept
+    if sweeping.returncode != 0:  # on a slow start of this process the sweep may be done
+        assert sweeping.returncode == 130
+        assert "points are planned and kept" in err and "Traceback" not in err
+    again = subprocess.run(
+        [sys.executable, "-m", "paraplan.cli", *many, "--workers", "1", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert len(WhatIf.model_validate_json(again.stdout).points) == 16
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(points.glob("*/*.json"))) == 16
