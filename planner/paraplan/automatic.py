@@ -125,6 +125,9 @@ def _plan_here(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned
         return Planned(load_plan(wishes.plan), f"from {wishes.plan}")
     began = time.perf_counter()
     has_config = hasattr(getattr(first.model, "config", None), "to_dict")
+    if any(hasattr(module, "base_layer") for module in first.model.modules()):
+        # The runtime cannot split layers with adapters over tensor ranks.
+        wishes = replace(wishes, fix={"tensor": 1, **wishes.fix})
     request = replace(
         _question(wishes, machines),
         model=str(_write_config(first.model)) if has_config else _offer_module(first),

@@ -41,7 +41,7 @@ def check_model(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) ->
     Raises:
         InputError: with the reason.
     """
-    for check in (_splits, _paths, _coverage, _layers, _dtype, _norms, _routing):
+    for check in (_splits, _adapters, _paths, _coverage, _layers, _dtype, _norms, _routing):
         check(model, plan, stages)
 
 
@@ -51,6 +51,16 @@ def _splits(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> Non
             raise InputError(
                 f"the runtime cannot apply {axis} parallelism to {type(model).__name__} yet"
             )
+
+
+def _adapters(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:
+    """Adapters wrap the layers that a tensor-parallel plan names."""
+    wrapped = next((path for path, m in model.named_modules() if hasattr(m, "base_layer")), None)
+    if wrapped is not None and plan.layout.tensor > 1:
+        raise InputError(
+            f"{wrapped} has an adapter: the runtime cannot split it over tensor ranks yet",
+            hint="plan with --fix tensor=1",
+        )
 
 
 def _paths(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:

@@ -42,8 +42,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("more", [(), ("--lora",), ("--accumulate", "2")])
-@pytest.mark.parametrize("layout", ["data_shard=4", "tensor=2,pipeline=2"])
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("data_shard=4", ()),
+        ("tensor=2,pipeline=2", ()),
+        ("data_shard=4", ("--accumulate", "2")),
+        ("data_shard=4", ("--lora",)),
+        ("pipeline=2,data_shard=2", ("--lora",)),
+    ],
+)
 def test_trainer(folder: Path, layout: str, more: tuple[str, ...]) -> None:
     plan = make_plan(folder, "mistral-small", layout)
     script = str(EXAMPLES / "train_llm.py")
