@@ -21,18 +21,27 @@ op_times collectives workload
 models
 trace
 trace_cache
-layouts recompute
+layouts recompute engine
+data_traffic
 block_cost
 stage_cost pipeline simulate
 partition problem
 best_cuts solver fitting
 search
+uncertainty
 stage_times
 describe
+validate_frameworks calibrate_fit
+validate_ops
 validate_graph
 validate_rows
+validate_model
+validate_machines validate_layout
+validate_predict validate_spread validate_plot
+validate_statistics
 validate
 request
+calibrate
 planning
 report
 timeline explain

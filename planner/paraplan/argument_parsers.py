@@ -29,6 +29,7 @@ other commands (each has its own --help):
   timeline   the simulated step as a trace for Perfetto
   validate   how far predictions are from measured runs
   what-if    plan many clusters: which is cheapest, which fastest
+  calibrate  fit a machine's figures to measured runs
 
 exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
 """
@@ -222,6 +223,21 @@ def check_parser() -> Parser:
         epilog="example:\n  plan check mistral-7b-16xh100.plan.json --stage 0",
     )
     add_check_arguments(parser)
+    return parser
+
+
+def calibrate_parser() -> Parser:
+    """Options of `plan calibrate`."""
+    from paraplan.calibrate import add_calibrate_arguments
+
+    parser = _parser(
+        "calibrate",
+        "Fits a machine's figures to measured runs, one CSV row each (columns:\n"
+        "docs/accuracy.md), and says how well they are known then.",
+        epilog="example:\n  plan calibrate runs.csv --device h100 -o ours.json\n"
+        "  plan --model mistral-7b --gpus 16 --cluster ours.json",
+    )
+    add_calibrate_arguments(parser)
     return parser
 
 

@@ -8,22 +8,24 @@ gathering and reducing the block's parameters (`block_cost`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from paraplan.cluster import Cluster
-from paraplan.collectives import (
-    Group,
-    Kind,
-    collective_seconds,
-    contention_seconds,
-    transfer_seconds,
+from paraplan.collectives import collective_seconds, transfer_seconds
+from paraplan.data_traffic import (
+    NONE,
+    Numerics,
+    after,
+    data_traffic,
+    exposed,
+    overlapped,
+    peers,
+    tensor_group,
 )
 from paraplan.device import Device
+from paraplan.engine import REDUCE_BYTES, RUNTIME, Engine
 from paraplan.graph import RECOMPUTE_MODES, Amount, Block, BlockVariant, Op, Recompute
 from paraplan.op_times import op_seconds, optimizer_seconds
 from paraplan.plan_file import Layout
-
-REDUCE_BYTES = 4  # gradients are reduced in fp32 (FSDP2's `reduce_dtype`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,33 +74,8 @@ class BlockCompute:
     modelled: float
 
 
-def peers(size: int, stride: int, devices_per_node: int) -> Group:
-    """The group of ``size`` ranks that lie ``stride`` ranks apart."""
-    room = max(1, devices_per_node // stride)
-    per_node = next(n for n in range(min(size, room), 0, -1) if size % n == 0)
-    return Group(size, per_node)
-
-
-def tensor_group(layout: Layout, cluster: Cluster) -> Group:
-    """The tensor ranks: neighbours."""
-    return peers(layout.tensor, 1, cluster.devices_per_node)
-
-
-def shard_group(layout: Layout, cluster: Cluster) -> Group:
-    """The ranks over which FSDP shards."""
-    stride = layout.tensor * layout.context
-    return peers(layout.data_shard, stride, cluster.devices_per_node)
-
-
-def replicate_group(layout: Layout, cluster: Cluster) -> Group:
-    """The ranks that hold the same shard: data replicas, and context ranks."""
-    stride = layout.tensor * (layout.data_shard if layout.data_replicate > 1 else 1)
-    size = layout.data_replicate * layout.context
-    return peers(size, stride, cluster.devices_per_node)
-
-
 def block_compute(
-    block: Block, layout: Layout, *, device: Device, cluster: Cluster
+    block: Block, layout: Layout, *, device: Device, cluster: Cluster, engine: Engine = RUNTIME
 ) -> BlockCompute:
     """Cost of one micro-batch of ``layout.micro_batch_size / layout.context`` sequences."""
     variant = block.variants[layout.tensor]
@@ -107,9 +84,14 @@ def block_compute(
     timed = [_timed(op, sequences, split, layout.expert, device) for op in variant.ops]
     forward = [(op, s) for op, s, _ in timed if op.phase == "forward"]
     backward = [(op, s) for op, s, _ in timed if op.phase == "backward"]
-    tensor = _tensor_seconds(variant, layout, sequences, cluster)
+    tensor = _tensor_seconds(variant, layout, sequences, cluster, engine)
     exchange = _expert_seconds(variant, layout, sequences, cluster)
     ring = _ring_seconds(variant, layout, sequences, cluster)
+    steps = 2 * (layout.tensor - 1) * engine.exchange_wait_seconds
+    waits = {
+        phase: steps * sum(c.phase == phase for c in variant.collectives)
+        for phase in ("forward", "backward")
+    }
     reruns: dict[Recompute, Pass] = {"none": Pass()}
     for mode in RECOMPUTE_MODES[1:]:
         again = [(op, s) for op, s in forward if mode in op.reruns]
@@ -117,6 +99,8 @@ def block_compute(
         reruns[mode] = _run(
             again,
             device,
+            engine,
+            waits=waits["forward"] if full else 0.0,
             tensor=tensor["rerun"],
             ring=ring if full else 0.0,
             expert=exchange if full else 0.0,
@@ -127,8 +111,24 @@ def block_compute(
     whole = _saved_bytes(variant, "none", sequences, 1)
     peak *= saved["none"] / whole if whole else 1.0
     return BlockCompute(
-        forward=_run(forward, device, tensor=tensor["forward"], ring=ring, expert=exchange),
-        backward=_run(backward, device, tensor=tensor["backward"], ring=2 * ring, expert=exchange),
+        forward=_run(
+            forward,
+            device,
+            engine,
+            waits=waits["forward"],
+            tensor=tensor["forward"],
+            ring=ring,
+            expert=exchange,
+        ),
+        backward=_run(
+            backward,
+            device,
+            engine,
+            waits=waits["backward"],
+            tensor=tensor["backward"],
+            ring=2 * ring,
+            expert=exchange,
+        ),
         rerun=reruns,
         saved_bytes=saved,
         working_bytes={m: peak - min(saved[m], peak) for m in RECOMPUTE_MODES},
@@ -148,19 +148,33 @@ def _timed(
         groups = Amount(op.dims[0].fixed // expert, op.dims[0].per_sequence)
         op = op.model_copy(update={"dims": (groups, *op.dims[1:])})
     seconds, basis = op_seconds(op, sequences, device)
+    if op.kind in ("gemm", "grouped_gemm"):
+        seconds /= device.rates.dtypes[op.dtype].sustained
     return op, seconds * op.count, basis
 
 
 def _run(
-    ops: list[tuple[Op, float]], device: Device, *, tensor: float, ring: float, expert: float
+    ops: list[tuple[Op, float]],
+    device: Device,
+    engine: Engine,
+    *,
+    waits: float,
+    tensor: float,
+    ring: float,
+    expert: float,
 ) -> Pass:
-    """One pass: the host launches ops one by one while the device works them off."""
+    """One pass: the host launches ops one by one while the device works them off.
+
+    Exchanges are launched, not waited for, so that the host catches up while they run.
+    """
     kernels = sum(seconds for _, seconds in ops)
-    host = sum(op.count for op, _ in ops) * device.host_launch_seconds.value
+    calls = sum(op.count for op, _ in ops) * (2 if engine.blocking else 1)
+    host = waits + calls * device.host_launch_seconds.value
+    busy = 0.0 if engine.blocking else kernels + tensor + expert
     attention = sum(seconds for op, seconds in ops if op.kind == "attention")
     return Pass(
         kernels=kernels,
-        launch=max(0.0, host - kernels),
+        launch=max(0.0, host - busy),
         tensor=tensor,
         context=max(0.0, ring - attention),
         expert=expert,
@@ -177,7 +191,7 @@ def _saved_bytes(variant: BlockVariant, mode: Recompute, sequences: float, split
 
 
 def _tensor_seconds(
-    variant: BlockVariant, layout: Layout, sequences: float, cluster: Cluster
+    variant: BlockVariant, layout: Layout, sequences: float, cluster: Cluster, engine: Engine
 ) -> dict[str, float]:
     """Exposed tensor-parallel exchanges of forward, backward and a rerun of the forward.
 
@@ -191,15 +205,18 @@ def _tensor_seconds(
     last_reduction = 0.0
     for exchange in variant.collectives:
         size = exchange.message_bytes.at(sequences)
+        summed = size * engine.tensor_bytes / 2
         if layout.sequence_parallel:
-            reduction = collective_seconds("reduce_scatter", size, group, cluster)
+            reduction = collective_seconds("reduce_scatter", summed, group, cluster)
             total = reduction + collective_seconds("all_gather", size, group, cluster)
         else:
-            total = reduction = collective_seconds("all_reduce", size, group, cluster)
+            total = reduction = collective_seconds("all_reduce", summed, group, cluster)
+        total, reduction = (s * (1 - engine.hidden_tensor) for s in (total, reduction))
         seconds[exchange.phase] += total
         if exchange.phase == "forward":
             last_reduction = reduction
-    seconds["rerun"] = max(0.0, seconds["forward"] - last_reduction)
+    skipped = 0.0 if engine.reruns_whole else last_reduction
+    seconds["rerun"] = max(0.0, seconds["forward"] - skipped)
     return seconds
 
 
@@ -267,44 +284,6 @@ class BlockCost:
     reduce_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """Bytes per parameter that follow from precision and optimizer.
-
-    Attributes:
-        compute: of a parameter in the compute dtype.
-        optimizer_state: beside the fp32 parameter and gradient.
-    """
-
-    compute: int
-    optimizer_state: float
-
-
-class Traffic(NamedTuple):
-    """Collectives that overlap with computation.
-
-    Attributes:
-        seconds: they take.
-        taken: seconds by which they lengthen the computation beside them (they hold
-            multiprocessors and memory bandwidth: `collectives.contention_seconds`).
-    """
-
-    seconds: float = 0.0
-    taken: float = 0.0
-
-    def plus(self, other: Traffic) -> Traffic:
-        """Both, one after the other."""
-        return Traffic(self.seconds + other.seconds, self.taken + other.taken)
-
-
-NONE = Traffic()
-
-
-def overlapped(computation: float, traffic: Traffic) -> float:
-    """Seconds until both are done (form and figures: Mist's benchmark, docs/profiles.md)."""
-    return max(traffic.seconds, computation + traffic.taken)
-
-
 def block_cost(
     compute: BlockCompute,
     parameters: float,
@@ -314,6 +293,7 @@ def block_cost(
     numerics: Numerics,
     device: Device,
     cluster: Cluster,
+    engine: Engine = RUNTIME,
 ) -> BlockCost:
     """Add the data-parallel ranks' part to a block.
 
@@ -321,12 +301,12 @@ def block_cost(
         parameters: elements on one tensor rank, experts included and not yet divided.
         expert_parameters: those of them that ``layout.expert`` divides.
     """
-    gather, scatter, reduce = _data_traffic(
-        parameters - expert_parameters, layout, 1, numerics, cluster
+    gather, scatter, reduce = data_traffic(
+        parameters - expert_parameters, layout, 1, numerics, cluster, engine
     )
     if expert_parameters:
         share = expert_parameters / layout.expert
-        extra = _data_traffic(share, layout, layout.expert, numerics, cluster)
+        extra = data_traffic(share, layout, layout.expert, numerics, cluster, engine)
         gather, scatter, reduce = (
             one.plus(other) for one, other in zip((gather, scatter, reduce), extra, strict=True)
         )
@@ -335,77 +315,58 @@ def block_cost(
     each_backward = {3: gather.plus(scatter), 2: scatter}.get(stage, NONE)
     once_forward = gather if stage in (1, 2) else NONE
     once_backward = reduce.plus(scatter) if stage == 1 else reduce
-    if layout.micro_batches == 1:
+    if layout.micro_batches == 1 and engine.overlaps_data:
         each_forward, once_forward = each_forward.plus(once_forward), NONE
         each_backward, once_backward = each_backward.plus(once_backward), NONE
     plain_forward, plain_backward = compute.forward.total, compute.backward.total
-    forward = overlapped(plain_forward, each_forward)
+    beside = overlapped if engine.overlaps_data else after
+    forward = beside(plain_forward, each_forward)
     backward: dict[Recompute, float] = {
-        mode: overlapped(plain_backward + again.total, each_backward)
+        mode: beside(plain_backward + again.total, each_backward)
         for mode, again in compute.rerun.items()
     }
-    once = (
-        overlapped(plain_forward, each_forward.plus(once_forward))
-        - forward
-        + overlapped(plain_backward, each_backward.plus(once_backward))
-        - backward["none"]
-    )
+    once = once_forward.seconds + once_backward.seconds
+    last = scatter if stage else reduce
+    if engine.overlaps_data:
+        once = (
+            overlapped(plain_forward, each_forward.plus(once_forward))
+            - forward
+            + overlapped(plain_backward, each_backward.plus(once_backward))
+            - backward["none"]
+        )
+    else:
+        last = NONE
     local = parameters - expert_parameters + expert_parameters / layout.expert
-    owned = _owned(parameters, expert_parameters, layout)
-    whole_gradients = stage == 1 and layout.micro_batches > 1
-    shared = stage > 0 or layout.data_ranks * layout.context > 1
+    owned = _owned(parameters, expert_parameters, layout, engine)
+    gradient_bytes = 4 * owned + (4 * local if stage == 1 and layout.micro_batches > 1 else 0)
+    transient = numerics.compute
+    if layout.data_ranks * layout.context > 1:
+        transient += REDUCE_BYTES
+    if engine.gradient_bytes is not None and stage < 2:
+        gradient_bytes, transient = engine.gradient_bytes * local, 0
     copies = numerics.compute != REDUCE_BYTES or stage in (1, 2)
     return BlockCost(
         compute=compute,
         forward=forward,
         backward=backward,
-        first_gather=_exposed(plain_forward, each_forward),
-        last_gather=_exposed(plain_backward, gather) if stage == 3 else 0.0,
+        first_gather=exposed(plain_forward, each_forward if engine.overlaps_data else NONE),
+        last_gather=exposed(plain_backward, gather) if stage == 3 and engine.overlaps_data else 0.0,
         per_step=once,
-        last_reduction=_exposed(plain_backward, scatter if stage else reduce),
+        last_reduction=exposed(plain_backward, last),
         optimizer=optimizer_seconds(owned * (12 + 2 * numerics.optimizer_state), device),
         parameter_bytes=4 * owned,
-        gradient_bytes=4 * owned + (4 * local if whole_gradients else 0),
+        gradient_bytes=gradient_bytes,
         optimizer_bytes=numerics.optimizer_state * owned,
         resident_bytes=numerics.compute * local if copies and stage != 3 else 0.0,
         gather_bytes=numerics.compute * local if stage == 3 else 0.0,
-        reduce_bytes=(numerics.compute + (REDUCE_BYTES if shared else 0)) * local,
+        reduce_bytes=transient * local + engine.buffer_bytes,
     )
 
 
-def _owned(parameters: float, expert_parameters: float, layout: Layout) -> float:
+def _owned(parameters: float, expert_parameters: float, layout: Layout, engine: Engine) -> float:
     """Elements whose update this rank does."""
-    expert_shard = max(1.0, layout.data_shard / layout.expert)
-    return (parameters - expert_parameters) / layout.data_shard + expert_parameters / (
+    shards = layout.data_shard * (layout.context if engine.shards_context else 1)
+    expert_shard = max(1.0, shards / layout.expert)
+    return (parameters - expert_parameters) / shards + expert_parameters / (
         layout.expert * expert_shard
     )
-
-
-def _exposed(computation: float, traffic: Traffic) -> float:
-    """What is added when there is nothing yet, or nothing any more, to overlap with."""
-    return computation + traffic.seconds - overlapped(computation, traffic)
-
-
-def _data_traffic(
-    parameters: float, layout: Layout, spread: int, numerics: Numerics, cluster: Cluster
-) -> tuple[Traffic, Traffic, Traffic]:
-    """Gather, reduce-scatter and all-reduce of parameters held by 1/``spread`` of the ranks."""
-    if not parameters:
-        return NONE, NONE, NONE
-    shard = shard_group(layout, cluster)
-    replicate = replicate_group(layout, cluster)
-    if spread > 1:
-        stride = layout.tensor * spread
-        shard = peers(max(1, layout.data_shard // spread), stride, cluster.devices_per_node)
-        copies = layout.data_ranks * layout.context // spread // shard.size
-        replicate = peers(max(1, copies), stride * shard.size, cluster.devices_per_node)
-    return (
-        _traffic("all_gather", numerics.compute * parameters, shard, cluster),
-        _traffic("reduce_scatter", REDUCE_BYTES * parameters, shard, cluster),
-        _traffic("all_reduce", REDUCE_BYTES * parameters / shard.size, replicate, cluster),
-    )
-
-
-def _traffic(kind: Kind, message_bytes: float, group: Group, cluster: Cluster) -> Traffic:
-    seconds = collective_seconds(kind, message_bytes, group, cluster)
-    return Traffic(seconds, contention_seconds(kind, message_bytes, group, cluster, seconds))

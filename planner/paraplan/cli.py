@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from paraplan.argument_parsers import (
     Parser,
+    calibrate_parser,
     check_parser,
     devices_parser,
     diff_parser,
@@ -78,6 +79,7 @@ def _commands() -> dict[str, Command]:
         "timeline": (timeline_parser, _timeline),
         "validate": (validate_parser, _validate),
         "what-if": (what_if_parser, _what_if),
+        "calibrate": (calibrate_parser, _calibrate),
     }
 
 
@@ -395,6 +397,12 @@ def _what_if(options: argparse.Namespace) -> int:
     from paraplan.what_if_command import run_what_if
 
     return run_what_if(options)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from paraplan.calibrate import run_calibrate
+
+    return run_calibrate(options)
 
 
 def _print_completion(shell: str) -> int:

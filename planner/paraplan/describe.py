@@ -30,6 +30,7 @@ from paraplan.problem import Problem
 from paraplan.search import Found, SearchResult
 from paraplan.stage_cost import StageCost
 from paraplan.stage_times import layer_modes, simulated_step, stage_times
+from paraplan.uncertainty import computing_share, interval_of
 from paraplan.workload import COMPUTE_DTYPE
 
 SIGNIFICANT_DIGITS = 9  # what plan files keep of a float
@@ -147,6 +148,7 @@ def predict(problem: Problem, found: Found) -> Prediction:
     )
     flops = problem.graph.model_flops_per_sequence * workload.global_batch
     breakdown = _breakdown(found)
+    computing = computing_share(found.chain, layer_modes(found), step)
     return Prediction(
         step_seconds=rounded(step),
         simulated_seconds=rounded(simulated_step(found)),
@@ -157,6 +159,7 @@ def predict(problem: Problem, found: Found) -> Prediction:
         fits=fullest <= capacity,
         breakdown=breakdown,
         basis=_basis(found),
+        interval=interval_of(problem.device.name, problem.cluster.nodes, computing, step),
     )
 
 

@@ -65,6 +65,8 @@ class Gemm(Frozen):
 
     Attributes:
         efficiency: by dtype, share of the dense peak that the best tile reaches for long K.
+        sustained: by dtype, share of the rate alone that products keep in whole training steps,
+            where power, clocks and caches are shared; 1 where it is missing.
         prologue_k: extra K elements each tile costs (filling the pipeline, writing out).
         wave_loss: share of a partly filled last wave of tiles that is lost; less than 1 because
             libraries have more tile shapes than are listed, and split the last wave's work.
@@ -72,6 +74,7 @@ class Gemm(Frozen):
     """
 
     efficiency: Annotated[dict[Dtype, Fraction], Field(min_length=1)]
+    sustained: dict[Dtype, Fraction] = Field(default_factory=dict)
     prologue_k: Figure
     wave_loss: Share
     tiles: Annotated[tuple[Tile, ...], Field(min_length=1, max_length=8)]
@@ -122,10 +125,12 @@ class DtypeRates:
 
     Attributes:
         peak: dense FLOP/s.
+        sustained: share of the rate alone that products keep in whole steps.
         tiles: (rows, columns, seconds of one K element of that tile on one multiprocessor).
     """
 
     peak: float
+    sustained: float
     tiles: tuple[tuple[float, float, float], ...]
 
 
@@ -258,7 +263,8 @@ class Device(Frozen):
             )
             for tile in self.gemm.tiles
         )
-        return DtypeRates(peak, tiles)
+        kept = self.gemm.sustained.get(dtype)
+        return DtypeRates(peak, 1.0 if kept is None else kept.value, tiles)
 
     @cached_property
     def measured(self) -> MeasuredTable | None:

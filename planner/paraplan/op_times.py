@@ -15,13 +15,17 @@ docs/profiles.md. All of it is never faster than the peak rates.
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, gcd
 from typing import Literal, NamedTuple
 
 from paraplan.device import Device, DtypeRates, Rates
 from paraplan.errors import InputError
 from paraplan.graph import Op, attention_pairs
 from paraplan.op_table import ANY_NAME, MeasuredTable, key
+
+ALIGNMENT = 8
+"""Elements of 2 bytes that a load brings at once. Inner sizes that are no multiple of it are read
+in narrower loads, of the largest power of two that divides them (bloom's heads of 150 and 225)."""
 
 LEAST_SPLIT_K = 512  # K elements of one part of a split product (a few of the K loop's steps)
 SPLIT_BYTES = 8  # each part writes its fp32 partial sum, the last pass reads it
@@ -80,6 +84,7 @@ def _gemm_seconds(
     and reading the partial sums, as cuBLAS and hipBLASLt do.
     """
     processors, prologue = rates.multiprocessors, rates.prologue_k
+    aligned = _alignment(n, k)
     best = float("inf")
     for rows, columns, seconds_per_k in dtype.tiles:
         tiles = batch * ceil(m / rows) * ceil(n / columns)
@@ -95,7 +100,14 @@ def _gemm_seconds(
             seconds = waves * (k + prologue) * seconds_per_k
         if seconds < best:
             best = seconds
-    return best
+    return best / aligned
+
+
+def _alignment(n: float, k: float) -> float:
+    """Share of the full width at which operands of these inner sizes can be loaded."""
+    if n % ALIGNMENT == 0 == k % ALIGNMENT:
+        return 1.0
+    return gcd(int(n), int(k), ALIGNMENT) / ALIGNMENT
 
 
 def _attention_seconds(op: Op, dims: list[float], rates: Rates, dtype: DtypeRates) -> float:

@@ -236,6 +236,23 @@ class TimeBasis(_Frozen):
     modelled: Share
 
 
+class Interval(_Frozen):
+    """Where the step time lies in most runs of this kind.
+
+    Attributes:
+        coverage: share of such runs whose measured time lay inside.
+        low_seconds, high_seconds: the ends.
+        kind: of run, by where the time goes.
+        runs: measured runs that it rests on.
+    """
+
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+    low_seconds: Seconds
+    high_seconds: Seconds
+    kind: Annotated[str, Field(min_length=1)]
+    runs: Annotated[int, Field(ge=0)]
+
+
 class Prediction(_Frozen):
     """What the layout is predicted to do.
 
@@ -259,6 +276,7 @@ class Prediction(_Frozen):
     fits: bool
     breakdown: Breakdown
     basis: TimeBasis
+    interval: Interval | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

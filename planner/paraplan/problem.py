@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd
 
-from paraplan.block_cost import BlockCompute, BlockCost, Numerics, block_compute, block_cost
+from paraplan.block_cost import BlockCompute, BlockCost, block_compute, block_cost
 from paraplan.cluster import Cluster
+from paraplan.data_traffic import Numerics
 from paraplan.device import Device
+from paraplan.engine import RUNTIME, Engine
 from paraplan.graph import ModelGraph
 from paraplan.layouts import Constraints, Space
 from paraplan.plan_file import Layout, Workload
@@ -24,6 +26,7 @@ class Problem:
         capacity_bytes: what one device may use (of two kinds, the one with more).
         parts: where stages lie on two kinds of devices, the problem of each kind, in the order of
             the stages; ``cluster`` is then both together and ``device`` the first one's.
+        engine: what runs the plan.
         computes: block costs shared by all layouts that compute alike (a memo, filled on use).
     """
 
@@ -34,6 +37,7 @@ class Problem:
     capacity_bytes: float
     constraints: Constraints = field(default_factory=Constraints)
     parts: tuple[Problem, ...] = ()
+    engine: Engine = RUNTIME
     computes: dict[object, tuple[BlockCompute, ...]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -79,6 +83,7 @@ def computes_of(problem: Problem, layout: Layout) -> tuple[BlockCompute, ...]:
                 layout,
                 device=problem.device,
                 cluster=problem.cluster,
+                engine=problem.engine,
             )
             for kind in problem.shape.kinds
         )
@@ -126,6 +131,7 @@ def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
             numerics=problem.numerics,
             device=problem.device,
             cluster=problem.cluster,
+            engine=problem.engine,
         )
         for compute, variant in zip(computes_of(problem, layout), variants, strict=True)
     )

@@ -106,6 +106,13 @@ def _print_head(plan: Plan, console: Console) -> None:
         f"MFU {seen.mfu * 100:.1f} %"
     )
     table.add_row("step", speed)
+    if seen.interval is not None:
+        likely = seen.interval
+        table.add_row(
+            "",
+            f"{seconds_words(likely.low_seconds)} to {seconds_words(likely.high_seconds)} in "
+            f"{likely.coverage:.0%} of measured runs like it ({likely.kind})",
+        )
     if not seen.fits:
         missing = (seen.peak_memory_bytes - seen.capacity_bytes) / GIB
         table.add_row("", f"[bold red]does not fit: {missing:.1f} GiB too much per device[/]")

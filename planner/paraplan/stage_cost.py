@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
-from paraplan.block_cost import BlockCost, Numerics, peers
+from paraplan.block_cost import BlockCost
 from paraplan.cluster import Cluster
 from paraplan.collectives import collective_seconds, transfer_seconds
+from paraplan.data_traffic import Numerics, peers
 from paraplan.device import Device
 from paraplan.graph import RECOMPUTE_MODES, Amount, ModelGraph, Recompute, cut_amounts
 from paraplan.plan_file import Layout, MemoryParts

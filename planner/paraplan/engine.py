@@ -1,0 +1,43 @@
+"""How a training engine exchanges and keeps things, as far as time and memory depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REDUCE_BYTES = 4  # gradients are reduced in fp32 (FSDP2's `reduce_dtype`)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How the training engine exchanges; the defaults are those of this project's runtime.
+
+    Attributes:
+        reduce_bytes: of a gradient on its way (fp32: FSDP2's ``reduce_dtype``).
+        overlaps_data: gathers and reductions of the data ranks run beside the computation.
+        tensor_bytes: of an activation that tensor ranks add up (some add bf16 in fp32).
+        hidden_tensor: share of the tensor exchanges that hides behind the products around them.
+        blocking: the host waits for each kernel before it launches the next; waking up takes it
+            as long as a launch.
+        exchange_wait_seconds: the host waits for each step of a tensor exchange.
+        gradient_bytes: of whole gradients kept through the step, for each parameter on the device
+            (below ZeRO-2); None: as this project's runtime keeps them.
+        buffer_bytes: for the pieces on their way, beside them.
+        shards_context: context ranks share what the data ranks shard.
+        bucket_bytes: gradients and parameters are exchanged in pieces of that size; 0: by block.
+        reruns_whole: full recompute reruns a layer's last exchange too.
+    """
+
+    reduce_bytes: int = REDUCE_BYTES
+    overlaps_data: bool = True
+    tensor_bytes: int = 2
+    hidden_tensor: float = 0.0
+    blocking: bool = False
+    exchange_wait_seconds: float = 0.0
+    gradient_bytes: int | None = None
+    buffer_bytes: float = 0.0
+    shards_context: bool = False
+    bucket_bytes: float = 0.0
+    reruns_whole: bool = False
+
+
+RUNTIME = Engine()

@@ -1,0 +1,165 @@
+"""What the training frameworks of published runs do that the layout does not say.
+
+A run's time depends on how its framework computes and exchanges: fused kernels or eager ones,
+gradients reduced beside the backward or after it, stages cut by layers or by cost. `framework_of`
+finds it in the words of a row; a row that names none is taken for what this project's own runtime
+is: eager torch with FSDP2. Nothing here names a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from paraplan.engine import RUNTIME, Engine
+
+Kernels = Literal["eager", "fused", "compiled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """One framework, as far as step time and memory depend on it.
+
+    Attributes:
+        name: as its authors call it.
+        words: any of them in a row's ``framework``, ``source``, ``zero_or_fsdp`` or ``attn_impl``
+            tells of it.
+        kernels: of norms, activations, residual additions and the loss: eager torch, kernels
+            written by hand, or torch.compile and XLA.
+        fused_norm: norms are one kernel even where the rest is eager.
+        gated, tied: of its models, where it has one kind only; else the parameter count decides.
+        fused_loss: cross entropy is one kernel that leaves its gradient in the logits.
+        calls: launches of a layer's forward that are listed nowhere as ops (views, casts, copies,
+            random states, the Python between them); a backward has twice as many.
+        gradient_bytes: moved for each parameter to add a micro-batch's gradient to the sum; 0
+            where the product's own kernel adds it.
+        attention: implementation where a row says only ``flash``.
+        keeps_gathered: share of the products' gathered inputs that are kept for the backward.
+        balanced: stages are cut by cost, else by number of layers.
+        waits: its tensor exchanges wait, step by step, for the network between nodes once a
+            pipeline's transfers are under way on it.
+        engine: how it exchanges.
+    """
+
+    name: str
+    words: tuple[str, ...] = ()
+    kernels: Kernels = "eager"
+    fused_norm: bool = False
+    fused_loss: bool = False
+    gated: bool | None = None
+    tied: bool | None = None
+    calls: int = 20
+    gradient_bytes: int = 0
+    attention: str = "flash-attention-2"
+    keeps_gathered: float = 1.0
+    balanced: bool = False
+    waits: bool = False
+    engine: Engine = RUNTIME
+
+
+FRAMEWORKS: tuple[Framework, ...] = (
+    Framework(
+        "nanotron",
+        words=("nanotron",),
+        fused_norm=True,
+        gated=True,
+        calls=90,
+        gradient_bytes=10,  # bf16 gradient read, fp32 sum read and written
+        keeps_gathered=0.5,
+        balanced=True,
+        waits=True,
+        engine=Engine(gradient_bytes=6),  # bf16, and the fp32 sum
+    ),
+    Framework(
+        "Megatron-DeepSpeed",
+        words=("megatron-deepspeed", "deepspeed", "bigscience"),
+        kernels="fused",
+        gated=False,
+        tied=True,
+        calls=40,
+        gradient_bytes=6,
+        engine=Engine(
+            overlaps_data=False,
+            reduce_bytes=2,
+            gradient_bytes=2,
+            buffer_bytes=3e9,
+            reruns_whole=True,
+        ),
+    ),
+    Framework(
+        "Megatron-LM of 2022",
+        words=("korthikanti",),
+        kernels="fused",
+        gated=False,
+        tied=True,
+        calls=40,
+        # The backward's exchanges run beside the products of the weights' gradients.
+        engine=Engine(overlaps_data=False, gradient_bytes=4, reruns_whole=True, hidden_tensor=0.4),
+    ),
+    Framework(
+        "Megatron-LM of 2021",
+        words=("sc'21", "fused-softmax"),
+        kernels="fused",
+        gated=False,
+        tied=True,
+        calls=40,
+        engine=Engine(overlaps_data=False, gradient_bytes=4, reruns_whole=True),
+    ),
+    Framework(
+        "Aleph Alpha scaling",
+        words=("aleph alpha", "hagemann"),
+        gated=True,
+        tied=False,
+        calls=40,
+        gradient_bytes=10,
+        engine=Engine(overlaps_data=False, tensor_bytes=4, gradient_bytes=2),
+    ),
+    Framework(
+        "llm-foundry",
+        words=("llm-foundry",),
+        fused_norm=True,
+        fused_loss=True,
+        gated=False,
+        tied=True,
+        calls=20,
+        attention="flash-attention-1",
+    ),
+    Framework(
+        "torchtitan",
+        words=("torchtitan",),
+        gated=True,
+        tied=False,
+        engine=Engine(shards_context=True),
+    ),
+    Framework("fms-fsdp", words=("fms-fsdp",), kernels="compiled", gated=True, tied=False),
+    Framework("MaxText", words=("maxtext", "jax"), kernels="compiled", calls=0, attention="cudnn"),
+    Framework(
+        "Megatron Core and Transformer Engine",
+        words=("megatron", "nemo", "mlperf", "dgxc", "distributed-optimizer", "(te)", "cudnn"),
+        kernels="fused",
+        calls=20,
+        attention="cudnn",
+        # User buffers: tensor exchanges in pieces beside the products. Gradients stay in bf16.
+        engine=Engine(hidden_tensor=0.6, reduce_bytes=2, gradient_bytes=2, shards_context=True),
+    ),
+)
+"""First match counts."""
+
+PLAIN = Framework("eager torch with FSDP2")
+
+
+def framework_of(texts: tuple[str, ...], compiled: bool) -> Framework:
+    """The framework that the texts tell of.
+
+    Args:
+        compiled: the run says that it used torch.compile.
+    """
+    found = next(
+        (one for text in texts for one in FRAMEWORKS if any(word in text for word in one.words)),
+        PLAIN,
+    )
+    return _compiled(found) if compiled and found.kernels == "eager" else found
+
+
+def _compiled(framework: Framework) -> Framework:
+    return replace(framework, kernels="compiled", fused_norm=True, calls=framework.calls // 4)

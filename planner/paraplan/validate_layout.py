@@ -1,0 +1,159 @@
+"""The layout of a measured run, its stages, how it exchanged, and what its memory counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from paraplan.cluster import Cluster
+from paraplan.engine import Engine
+from paraplan.partition import Cuts, Staged
+from paraplan.plan_file import Layout, Schedule
+from paraplan.stage_cost import ChainCost
+from paraplan.validate_model import tensor_reason
+from paraplan.validate_ops import ModelSizes
+from paraplan.validate_rows import Row, Unusable
+
+GIB = 2**30
+DDP_BUCKET = 100 * 2**20  # of gradients that DistributedDataParallel sends at once
+ZERO_BUCKET = 2**28  # of what ZeRO-1 sends at once
+ANALYTIC = ("parameters", "gradients", "optimizer", "activations", "gathered_parameters")
+"""Parts of the memory that a published closed form counts."""
+
+
+def layout_of(row: Row, sizes: ModelSizes) -> Layout:
+    """The layout that the row ran.
+
+    Raises:
+        Unusable: its degrees contradict each other, or it is not modelled.
+    """
+    tensor, pipeline, context = row.count("tp"), row.count("pp"), row.count("cp", 1)
+    devices, size = row.count("n_gpus"), row.count("micro_batch")
+    data = devices // (tensor * pipeline * context)
+    if data * tensor * pipeline * context != devices:
+        raise Unusable("tp * pp * cp does not divide n_gpus")
+    batch = row.count("global_batch")
+    if batch % (data * size):
+        raise Unusable("global batch does not divide over dp * micro_batch")
+    if tensor_reason(sizes, tensor):
+        raise Unusable("heads or ffn do not divide over tp")
+    if pipeline > sizes.layers and not sizes.framework.balanced:
+        raise Unusable("more stages than layers")
+    virtual = row.count("vp", 1) if pipeline > 1 else 1
+    schedule: Schedule = "none" if pipeline == 1 else "1f1b"
+    if virtual > 1:
+        schedule = "interleaved-1f1b"
+        if sizes.layers % (pipeline * virtual):
+            virtual, schedule = _equal_chunks(sizes, pipeline, virtual)
+    shard, zero_stage = _sharding(row, data)
+    return Layout(
+        data_replicate=data // shard,
+        data_shard=shard,
+        tensor=tensor,
+        context=context,
+        pipeline=pipeline,
+        virtual_stages=virtual,
+        micro_batch_size=size,
+        micro_batches=batch // (data * size),
+        schedule=schedule,
+        sequence_parallel=tensor > 1 and row.text("sequence_parallel") in ("1", "1.0"),
+        zero_stage=zero_stage,
+    )
+
+
+def _equal_chunks(sizes: ModelSizes, pipeline: int, virtual: int) -> tuple[int, Schedule]:
+    """Interleaving where embedding and head count as layers (Llama 3), else none modelled."""
+    if (sizes.layers + 2) % (pipeline * virtual) == 0:
+        return virtual, "interleaved-1f1b"
+    raise Unusable("layers do not divide over pp * vp")
+
+
+def _sharding(row: Row, data: int) -> tuple[int, int]:
+    """Ranks that shard, and the ZeRO stage."""
+    text = row.text("zero_or_fsdp")
+    if data == 1 or text in ("", "none"):
+        return 1, 0
+    named = re.search(r"shard[ =](\d+)", text)
+    shard = min(data, int(named[1])) if named else data
+    if data % shard or shard == 1:
+        return 1, 0
+    if text == "lora":
+        return 1, 0
+    if text.startswith("zero1"):
+        return shard, 1
+    if "shard_grad_op" in text or text.startswith("zero2"):
+        return shard, 2
+    if "zero3" in text or text.startswith(("fsdp", "hsdp", "maxtext fsdp")):
+        return shard, 3
+    raise Unusable(f"sharding {text}")
+
+
+def equal_cuts(layers: int, chunks: int) -> Cuts:
+    """Equal runs of layers, embedding and head joining the end ones (Megatron-LM).
+
+    Where layers do not divide, embedding and head count as layers if that does (Llama 3), and
+    otherwise the runs differ by one layer at most.
+    """
+    if layers % chunks and (layers + 2) % chunks == 0:
+        return tuple(range(0, layers + 3, (layers + 2) // chunks))
+    inner = (1 + round(layers * chunk / chunks) for chunk in range(1, chunks))
+    return (0, *inner, layers + 2)
+
+
+def cost_cuts(sizes: ModelSizes, stages: int) -> Cuts:
+    """Stages of about equal matrix products, as nanotron's `build_model` cuts them.
+
+    A stage ends with the block that brings the running sum of parameters above its share; the
+    last stages may stay empty and are left out.
+    """
+    layer = 4 * sizes.hidden**2 + 3 * sizes.ffn * sizes.hidden
+    blocks = [0, *(layer,) * sizes.layers, sizes.vocab * sizes.hidden]
+    total, running, cuts = sum(blocks), 0, [0]
+    for position, cost in enumerate(blocks[:-1]):
+        running += cost
+        if running > total * len(cuts) / stages:
+            cuts.append(position + 1)
+    return (*cuts, len(blocks))
+
+
+def cuts_of(sizes: ModelSizes, layout: Layout) -> Cuts:
+    """Where the run's stages began."""
+    if sizes.framework.balanced and layout.pipeline > 1:
+        return cost_cuts(sizes, layout.pipeline)
+    return equal_cuts(sizes.layers, layout.pipeline * layout.virtual_stages)
+
+
+def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
+    """How the run exchanged."""
+    engine = sizes.framework.engine
+    if not sizes.framework.waits:
+        return engine
+    wait = cluster.link_between.speeds.latency if cluster.nodes > 1 else 0.0
+    return replace(
+        engine,
+        bucket_bytes=ZERO_BUCKET if layout.zero_stage else DDP_BUCKET,
+        overlaps_data=layout.pipeline == 1 and layout.zero_stage == 0,
+        exchange_wait_seconds=wait if layout.pipeline > 1 else 0.0,
+    )
+
+
+def comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:
+    """What the published figure counts, as far as its notes say.
+
+    ``rank 0``: the first pipeline stage, else the fullest. ``torch max`` or ``reserved``: torch's
+    allocator, which sees neither the context nor NCCL's buffers.
+    """
+    notes = row.text("notes")
+    stages = found.stages[:1] if "rank 0" in notes else found.stages
+    needed = max(stage.memory_bytes for stage in stages)
+    if "analytic" in notes:  # of parameters, optimizer and activations
+        parts = stages[0].parts
+        return sum(v for k, v in parts.items() if k in ANALYTIC) / GIB
+    unit = 1e9 if "gb)" in notes else GIB
+    if "torch max" in notes or "reserved" in notes:
+        layout, device = chain.layout, chain.device
+        axes = (layout.tensor, layout.data_ranks, layout.context, layout.pipeline)
+        communicators = sum(size > 1 for size in axes)
+        needed -= device.framework_memory_bytes.value
+        needed -= communicators * device.communicator_memory_bytes.value
+    return needed / unit

@@ -1,0 +1,139 @@
+"""The model and the framework of a measured run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from paraplan.graph import Recompute
+from paraplan.validate_frameworks import Framework, framework_of
+from paraplan.validate_graph import parameter_count
+from paraplan.validate_ops import ModelSizes
+from paraplan.validate_rows import Row, Unusable
+
+LORA_RANK = 16
+"""Of the adapters of a run of task ``lora`` (MLPerf's llama2-70b benchmark)."""
+FP8 = ("fp8", "float8", "mxfp8")
+
+
+def precision_of(row: Row) -> tuple[str, str]:
+    """Compute dtype, and dtype of the layers' matrix products.
+
+    Raises:
+        Unusable: neither fp16, bf16 nor fp8.
+    """
+    text = row.text("precision")
+    if text.startswith(FP8):
+        return "bfloat16", "float8"
+    if text.startswith("fp16"):
+        return "float16", "float16"
+    if text.startswith("bf16"):
+        return "bfloat16", "bfloat16"
+    raise Unusable(f"precision {text or 'not published'}")
+
+
+def sizes_of(row: Row) -> ModelSizes:
+    """The model; gating and tying are those whose parameter count is nearest to the published.
+
+    Raises:
+        Unusable: something that matters is not published or not modelled.
+    """
+    if (row.number("n_experts") or 0) > 1:
+        raise Unusable("experts")
+    dtype, product_dtype = precision_of(row)
+    hidden, heads = row.count("hidden"), row.count("heads")
+    if hidden % heads:
+        raise Unusable("heads do not divide hidden")
+    attention = row.text("attn_impl")
+    flash = any(word in attention for word in ("flash", "cudnn", "te"))
+    framework = run_framework(row)
+    ffn = row.count("ffn", 4 * hidden)
+    base = ModelSizes(
+        layers=row.count("layers"),
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        kv_heads=row.count("kv_heads", heads),
+        vocab=row.count("vocab"),
+        sequence_length=row.count("seq_len"),
+        gated=ffn != 4 * hidden,
+        tied=False,
+        flash=flash,
+        dropout=not flash,
+        dtype=dtype,
+        product_dtype=product_dtype,
+        fused_norm=framework.kernels != "eager"
+        or framework.fused_norm
+        or "rms kernel" in attention,
+        fused_softmax=_fused_softmax(row, framework),
+        selective=_selective(row),
+        framework=framework,
+        adapter=LORA_RANK if row.text("task") == "lora" else 0,
+    )
+    published = row.number("params_b")
+    if published is None:
+        return base
+    gated = (False, True) if framework.gated is None else (framework.gated,)
+    tied = (False, True) if framework.tied is None else (framework.tied,)
+    options = [replace(base, gated=g, tied=t) for g in gated for t in tied]
+    return min(options, key=lambda sizes: abs(parameter_count(sizes) / 1e9 - published))
+
+
+def run_framework(row: Row) -> Framework:
+    """What trained the run."""
+    texts = tuple(row.text(n) for n in ("framework", "source", "zero_or_fsdp", "attn_impl"))
+    notes = row.text("notes")
+    found = framework_of(texts, compiled="compile" in notes)
+    engine = found.engine
+    if "cuda_launch_blocking=1" in notes:
+        engine = replace(engine, blocking=True)
+    if "fp32 grad accum" in row.text("precision") and found.engine.gradient_bytes == 2:
+        engine = replace(engine, gradient_bytes=6, reduce_bytes=4)
+    if "pure" in row.text("precision"):
+        engine = replace(engine, reduce_bytes=2)
+    if "async tp" in notes or "asynctp" in notes:
+        engine = replace(engine, hidden_tensor=0.7)
+    return found if engine is found.engine else replace(found, engine=engine)
+
+
+def _selective(row: Row) -> Literal["core", "pointwise", "half"]:
+    """What selective recompute reruns."""
+    if row.text("recompute") == "selective(op)":
+        return "half"
+    return "pointwise" if row.text("zero_or_fsdp").startswith(("fsdp", "hsdp")) else "core"
+
+
+def _fused_softmax(row: Row, framework: Framework) -> bool:
+    """Whether Megatron-LM's fused kernel takes this score matrix (its `is_kernel_available`)."""
+    heads = row.count("heads") // row.count("tp", 1) * row.count("micro_batch", 1)
+    small = 16 < row.count("seq_len") <= 2048 and row.count("seq_len") % 4 == 0
+    asked = framework.kernels == "fused" or "fused" in row.text("attn_impl")
+    return asked and small and heads % 4 == 0
+
+
+def tensor_reason(sizes: ModelSizes, tensor: int) -> str | None:
+    """Why the model cannot be divided over ``tensor`` ranks; None when it can."""
+    if sizes.heads % tensor or sizes.ffn % tensor:
+        return f"{sizes.heads} heads and ffn {sizes.ffn} do not divide over tensor({tensor})"
+    return None
+
+
+def recompute_of(row: Row) -> Recompute:
+    """The recompute mode of all layers.
+
+    Raises:
+        Unusable: unknown, or of some layers only.
+    """
+    text = row.text("recompute")
+    known: dict[str, Recompute] = {
+        "": "none",
+        "none": "none",
+        "none/unknown": "none",
+        "selective": "selective",
+        "selective(op)": "selective",
+        "full": "full",
+        "full(remat)": "full",
+    }
+    if text not in known:
+        raise Unusable(f"recompute {text}")
+    return known[text]

@@ -1,0 +1,114 @@
+"""The cost model's prediction of one measured run, exactly as it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paraplan.layouts import Constraints
+from paraplan.partition import staged
+from paraplan.plan_file import Precision
+from paraplan.problem import Problem, chain_cost
+from paraplan.uncertainty import computing_share, kind_of
+from paraplan.validate_graph import closed_form_graph
+from paraplan.validate_layout import comparable_gib, cuts_of, engine_of, layout_of
+from paraplan.validate_machines import Machines
+from paraplan.validate_model import recompute_of, sizes_of
+from paraplan.validate_rows import Row, Unusable
+from paraplan.workload import make_workload
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One row and what the cost model says of it.
+
+    Attributes:
+        predicted_gib: what the published figure counts (see `comparable_gib`).
+        fits: whether the fullest device's memory suffices.
+        device: name of the profile's device.
+        kind: of run, by where the predicted time goes (see `uncertainty`).
+    """
+
+    row: Row
+    predicted_s: float
+    predicted_gib: float
+    fits: bool
+    device: str
+    kind: str
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted seconds."""
+        return (self.row.seconds or 0.0) / self.predicted_s
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """File and model."""
+        return self.row.file, self.row.text("model")
+
+    @property
+    def measured_s(self) -> float | None:
+        """Published seconds of a step."""
+        return self.row.seconds
+
+    @property
+    def measured_gib(self) -> float | None:
+        """Published peak memory."""
+        return self.row.number("peak_mem_gib")
+
+    @property
+    def time_error(self) -> float | None:
+        """Relative error of the step time."""
+        measured = self.measured_s
+        return self.predicted_s / measured - 1 if measured else None
+
+    @property
+    def memory_error(self) -> float | None:
+        """Relative error of the peak memory."""
+        measured = self.measured_gib
+        return self.predicted_gib / measured - 1 if measured else None
+
+
+def predict(row: Row, machines: Machines | None = None) -> Prediction:
+    """The cost model's step time and memory for exactly what the row ran.
+
+    Raises:
+        Unusable: the row does not say enough, or says something that is not modelled.
+        InputError: a cell is not a number.
+    """
+    sizes = sizes_of(row)
+    cluster, device = (machines or Machines()).of(row)
+    known = device.rates.dtypes
+    if sizes.product_dtype not in known or sizes.dtype not in known:
+        raise Unusable(f"{device.name} has no figures for {sizes.product_dtype}")
+    layout = layout_of(row, sizes)
+    cuts = cuts_of(sizes, layout)
+    layout = layout.model_copy(update={"pipeline": (len(cuts) - 1) // layout.virtual_stages})
+    precision: Precision = "fp16" if sizes.dtype == "float16" else "bf16"
+    problem = Problem(
+        graph=closed_form_graph(sizes, layout.tensor),
+        cluster=cluster,
+        device=device,
+        workload=make_workload(
+            sequence_length=sizes.sequence_length,
+            devices=cluster.devices,
+            global_batch=row.count("global_batch"),
+            precision=precision,
+        ),
+        capacity_bytes=device.memory_capacity_bytes.value,
+        constraints=Constraints(recompute=(recompute_of(row),)),
+        engine=engine_of(sizes, layout, cluster),
+    )
+    chain = chain_cost(problem, layout)
+    found = staged(chain, cuts, forced=True)
+    assert found is not None, "forced costs always exist"
+    needed = max(stage.memory_bytes for stage in found.stages)
+    layers = range(1, sizes.layers + 1)
+    computing = computing_share(chain, dict.fromkeys(layers, recompute_of(row)), found.step_seconds)
+    return Prediction(
+        row=row,
+        predicted_s=found.step_seconds,
+        predicted_gib=comparable_gib(row, chain, found),
+        fits=needed <= problem.capacity_bytes,
+        device=device.name,
+        kind=kind_of(cluster.nodes, computing),
+    )
