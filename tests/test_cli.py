@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -207,6 +209,29 @@ def test_why_not_uses_the_cluster_of_the_plan(capsys: pytest.CaptureFixture[str]
     assert code == 0, err
     found = re.search(r"([+-][\d.]+) % against", out)
     assert found and float(found[1]) >= 0, f"nothing beats {plan.prediction.step_seconds}: {out}"
+
+
+def test_csv_lists_what_json_does(capsys: pytest.CaptureFixture[str]) -> None:
+    question = ["--model", "tiny", "--gpus", "4", "--fix", "pipeline=2"]
+    made = plan_json(*question, "-o", "c.json", capsys=capsys)
+
+    def rows(*arguments: str) -> list[dict[str, str]]:
+        code, out, err = run(*arguments, "--csv", capsys=capsys)
+        assert (code, err) == (0, "")
+        return list(csv.DictReader(io.StringIO(out)))
+
+    stages = rows("explain", "c.json")
+    assert [int(row["memory_bytes"]) for row in stages] == [
+        stage["memory_bytes"] for stage in made["stages"]
+    ]
+    (one,) = rows(*question)
+    assert float(one["step_seconds"]) == made["prediction"]["step_seconds"]
+    done = rows("timeline", "c.json")
+    assert {row["rank"] for row in done} == {
+        str(stage["pipeline_rank"]) for stage in made["stages"]
+    }
+    assert "mistral-7b" in {row["model"] for row in rows("models")}
+    assert "h100-sxm" in {row["device"] for row in rows("devices")}
 
 
 def test_diff(capsys: pytest.CaptureFixture[str]) -> None:

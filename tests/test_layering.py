@@ -63,7 +63,7 @@ export_torch
 export_megatron
 export
 check
-argument_parsers
+listings argument_parsers
 cli
 """
 MAY_CALL_RUNTIME = {"check", "one_line"}

@@ -165,6 +165,7 @@ def explain_parser() -> Parser:
     parser.add_argument("--model", metavar="NAME", help="where the model is, if its name moved")
     parser.add_argument("--cluster", metavar="FILE", help="the cluster file the plan was made for")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--csv", action="store_true", help="print one row of CSV for each stage")
     return parser
 
 

@@ -32,11 +32,11 @@ from paraplan.argument_parsers import (
     what_if_parser,
 )
 from paraplan.errors import InputError, PlanError
+from paraplan.listings import list_devices, list_models, print_csv, print_schema
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paraplan.device import Device
     from paraplan.plan_file import Plan
     from paraplan.request import Request
 
@@ -70,9 +70,9 @@ def _commands() -> dict[str, Command]:
         "explain": (explain_parser, _explain),
         "check": (check_parser, _check),
         "diff": (diff_parser, _diff),
-        "models": (models_parser, _models),
-        "devices": (devices_parser, _devices),
-        "schema": (schema_parser, _schema),
+        "models": (models_parser, list_models),
+        "devices": (devices_parser, list_devices),
+        "schema": (schema_parser, print_schema),
         "export": (export_parser, _export),
         "report": (report_parser, _report),
         "run": (run_parser, _run_script),
@@ -197,7 +197,7 @@ def _deliver(plan: Plan, target: str | None, options: argparse.Namespace) -> int
     if options.csv:
         from paraplan.tables import plan_row
 
-        return _print_csv([plan_row(plan)])
+        return print_csv([plan_row(plan)])
     if options.json or target == "-":
         sys.stdout.write(plan_to_json(plan))
         sys.stdout.flush()
@@ -211,14 +211,6 @@ def _deliver(plan: Plan, target: str | None, options: argparse.Namespace) -> int
             console.print(f"wrote {target}", highlight=False, soft_wrap=True, markup=False)
         if note:
             console.print(note, highlight=False, soft_wrap=True, markup=False)
-    return 0
-
-
-def _print_csv(rows: list[dict[str, Any]]) -> int:
-    from paraplan.tables import rows_to_csv
-
-    sys.stdout.write(rows_to_csv(rows))
-    sys.stdout.flush()
     return 0
 
 
@@ -265,9 +257,12 @@ def _explain(options: argparse.Namespace) -> int:
     from paraplan.explain import print_explanation, request_of, why_not
     from paraplan.plan_file import load_plan
     from paraplan.request import parse_fix
+    from paraplan.tables import stage_row
 
     plan = load_plan(options.plan)
     if options.why_not is None:
+        if options.csv:
+            return print_csv([stage_row(stage) for stage in plan.stages])
         if options.json:
             print(json.dumps(plan.model_dump(mode="json")))
         else:
@@ -292,69 +287,13 @@ def _diff(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"differences": rows}))
     elif options.csv:
-        _print_csv(rows)
+        print_csv(rows)
     else:
         for name, before, after in found:
             print(f"{name}: {before} -> {after}")
         if not found:
             print("the plans are the same")
     return 1 if found else 0
-
-
-def _models(options: argparse.Namespace) -> int:
-    from paraplan.models import preset_names
-
-    names = preset_names()
-    if options.csv:
-        return _print_csv([{"model": name} for name in names])
-    print(json.dumps({"models": list(names)}) if options.json else "\n".join(names))
-    return 0
-
-
-def _devices(options: argparse.Namespace) -> int:
-    from paraplan.cluster import cluster_names, load_cluster
-    from paraplan.device import device_names, load_device
-
-    devices = [load_device(name) for name in device_names()]
-    clusters = [load_cluster(name) for name in cluster_names()]
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "devices": [device.model_dump(mode="json") for device in devices],
-                    "clusters": [cluster.model_dump(mode="json") for cluster in clusters],
-                }
-            )
-        )
-        return 0
-    if options.csv:
-        return _print_csv([_device_row(device) for device in devices])
-    for device in devices:
-        gib = device.memory_capacity_bytes.value / 2**30
-        print(f"{device.name:18s} {gib:6.1f} GiB  {device.description}")
-    print()
-    for cluster in clusters:
-        print(f"{cluster.name:18s} {cluster.devices_per_node} per node  {cluster.description}")
-    return 0
-
-
-def _device_row(device: Device) -> dict[str, Any]:
-    figures = ("memory_capacity_bytes", "memory_bandwidth_bytes_per_second", "power_watts")
-    row: dict[str, Any] = {"device": device.name, "cluster": device.default_cluster}
-    for name in (*figures, "price_per_device_hour"):
-        figure = getattr(device, name)
-        row[name] = None if figure is None else figure.value
-    for dtype in ("bfloat16", "float16", "float32"):
-        peak = device.peak_flops_per_second.get(dtype)
-        row[f"{dtype}_flops_per_second"] = None if peak is None else peak.value
-    return row
-
-
-def _schema(options: argparse.Namespace) -> int:
-    from paraplan.plan_file import plan_schema
-
-    print(json.dumps(plan_schema(), indent=2))
-    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Plan
+from paraplan.plan_file import Plan, Stage
 
 
 def rows_to_csv(rows: Iterable[dict[str, Any]]) -> str:
@@ -22,6 +22,14 @@ def rows_to_csv(rows: Iterable[dict[str, Any]]) -> str:
         writer.writeheader()
         writer.writerows(listed)
     return text.getvalue()
+
+
+def stage_row(stage: Stage) -> dict[str, Any]:
+    """One stage of a plan: times and memory parts beside what it holds."""
+    row = stage.model_dump(mode="json", exclude={"modules", "recompute", "memory"})
+    modes = {f"recompute_{mode}": stage.recompute.count(mode) for mode in ("selective", "full")}
+    parts = {f"memory_{part}_bytes": size for part, size in stage.memory.model_dump().items()}
+    return row | modes | parts
 
 
 def to_dataframe(rows: Sequence[BaseModel]) -> Any:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from paraplan.plan_file import Plan, Stage, load_plan, write_atomically
 from paraplan.report import layout_words, order_by_replay, seconds_words
 from paraplan.simulate import Played, Replay, StageSeconds, replay
+from paraplan.tables import rows_to_csv
 
 MOST_PASSES = 400_000
 """Passes replayed for a picture; longer steps are cut to the micro-batches that stay below it."""
@@ -240,6 +241,7 @@ def add_timeline_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="FILE", help="where to write the trace (- for stdout)"
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    parser.add_argument("--csv", action="store_true", help="print what each rank does as CSV")
 
 
 def run_timeline(options: argparse.Namespace) -> int:
@@ -261,6 +263,10 @@ def run_timeline(options: argparse.Namespace) -> int:
         return 0
     if options.output is not None:
         write_atomically(options.output, trace_json(plan, simulated))
+    if options.csv:
+        rows = (one._asdict() for one in slices(plan, simulated.replay) if one.seconds > 0)
+        sys.stdout.write(rows_to_csv(rows))
+        return 0
     if options.json:
         print(json.dumps(comparison(plan)))
         return 0

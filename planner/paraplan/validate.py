@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from paraplan.cluster import load_cluster
 from paraplan.errors import InputError, PlanError
 from paraplan.plan_file import write_atomically
+from paraplan.tables import rows_to_csv
 from paraplan.validate_machines import Machines
 from paraplan.validate_plot import scatter_svg
 from paraplan.validate_predict import Prediction, predict
@@ -148,6 +150,7 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="FILE.svg", help="draw predicted against measured, by source")
     add("--uncertainty", metavar="FILE", help="write the spreads of measured over predicted")
     add("--json", action="store_true", help="every row and figure as JSON")
+    add("--csv", action="store_true", help="every row as CSV")
 
 
 def run_validate(options: argparse.Namespace) -> int:
@@ -170,6 +173,10 @@ def run_validate(options: argparse.Namespace) -> int:
     if options.uncertainty:
         source = f"Written by plan validate from {len(headline)} runs."
         write_atomically(options.uncertainty, as_toml(headline, source))
+    if options.csv:
+        rows = cast("list[dict[str, Any]]", as_json(results)["rows"])
+        sys.stdout.write(rows_to_csv(rows))
+        return 0
     print(json.dumps(as_json(results), indent=1) if options.json else as_text(results))
     return 0
 
