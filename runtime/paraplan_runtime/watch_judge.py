@@ -144,7 +144,10 @@ def _gone(seen: Mapping[int, Seen], now: float) -> Verdict | None:
         else "its process died (killed, or by a crash outside of Python)"
     )
     text = f"{report.raised}, then {how}" if report.raised else how
-    text += f" in step {report.steps}"
+    # What a process that died did after its last report is not known.
+    text += (
+        f" in step {report.steps}" if report.ended else f", last heard of in step {report.steps}"
+    )
     if waiting:
         text += f"; rank {waiting[0]} waits for it"
     else:

@@ -12,6 +12,7 @@ import os
 import secrets
 import selectors
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -46,16 +47,18 @@ class _Connection:
         self.rank: int | None = None
         self._buffer = b""
         self._unsent = b""
+        self._sending = threading.Lock()
         connection.setblocking(False)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message, unless the one before is still under way; never waits."""
-        if not self._unsent:
-            self._unsent = json.dumps(message).encode() + b"\n"
-        try:
-            self._unsent = self._unsent[self.socket.send(self._unsent) :]
-        except OSError:
-            return  # full: later; broken: receive() will say so
+        with self._sending:
+            if not self._unsent:
+                self._unsent = json.dumps(message).encode() + b"\n"
+            try:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+            except OSError:
+                return  # full: later; broken: receive() will say so
 
     def receive(self) -> list[dict[str, Any]] | None:
         """The messages that have arrived; None when the other side has closed or talks nonsense."""
@@ -205,6 +208,11 @@ class Spoke:
         if hub.lost or time.monotonic() - hub.at >= GONE_SECONDS:
             return judge(self.seen, now, world=2, hang_seconds=self._hang_seconds)
         return None
+
+    def tell(self, report: Report) -> None:
+        """Send a report at once, from any thread; a rank may not live until its next turn."""
+        if not self.seen[0].lost:
+            self._hub.send(asdict(report))
 
     def close(self) -> None:
         """Close the socket; a forked child must not keep it open."""

@@ -96,6 +96,8 @@ class Watchdog:
         """
         self._place = place
         self._memory_hint = memory_hint
+        if isinstance(self._link, Spoke):
+            self._link.tell(self._report())
 
     @contextmanager
     def step(self) -> Iterator[None]:
