@@ -21,6 +21,7 @@ from paraplan_runtime.gradients import (
     GradientStash,
     Parameter,
     make_clipping_global,
+    make_scaling_global,
 )
 from paraplan_runtime.loss import GlobalLoss, causal_loss_owner
 from paraplan_runtime.mesh import Ranks, build_ranks, join
@@ -85,6 +86,7 @@ def parallelize(
     runner = Runner(ranks, models, COMPUTE_DTYPES[plan.workload.precision])
     parameters = _own_parameters(models, splits, tied)
     make_clipping_global()
+    make_scaling_global()
 
     def finish(stash: GradientStash) -> None:
         if plan.layout.tensor > 1:

@@ -7,6 +7,7 @@ and added to ``.grad`` when the script calls ``loss.backward()``, scaled by what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,12 +70,8 @@ class GradientStash:
         return None
 
     @torch.no_grad()
-    def install(self, scale: torch.Tensor, *, agree: bool = False) -> None:
+    def install(self, scale: torch.Tensor) -> None:
         """Add ``scale`` times the gradients to ``.grad``.
-
-        Args:
-            agree: where one rank's gradients are not finite, make all ranks' so. A GradScaler
-                looks at its own rank's gradients and must skip the step on all or on none.
 
         Raises:
             RuntimeError: called a second time, as autograd does without ``retain_graph``.
@@ -82,8 +79,6 @@ class GradientStash:
         if self._gradients is None:
             raise RuntimeError("backward() was called twice on the loss of one forward")
         shards = [local(gradient) for _, gradient in self._gradients]
-        if agree:
-            scale = scale * _one_if_finite(shards, scale)
         if shards:
             torch._foreach_mul_(shards, scale.to(shards[0].device))
         for parameter, gradient in self._gradients:
@@ -93,14 +88,6 @@ class GradientStash:
             else:
                 local(parameter.value.grad).add_(local(gradient))
         self._gradients = None
-
-
-def _one_if_finite(shards: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """1 if every element of every rank is finite, else NaN, on every rank."""
-    norms = [norm.float() for norm in torch._foreach_norm([s for s in shards if s.numel()])]
-    bad = torch.stack(norms).isfinite().all().logical_not().float() if norms else like.new_zeros(())
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return torch.where(bad > 0, torch.nan, torch.ones_like(bad))
 
 
 def set_aside(parameters: Sequence[Parameter]) -> list[torch.Tensor | None]:
@@ -196,3 +183,30 @@ def make_clipping_global() -> None:
 
     get_total_norm._paraplan = True  # type: ignore[attr-defined]
     clip_grad._get_total_norm = get_total_norm
+
+
+def make_scaling_global() -> None:
+    """Make ``torch.amp.GradScaler`` skip a step on all ranks if one has found an infinity.
+
+    torch's own looks at the gradients it is given: this rank's shards. Ranks run the same script,
+    so all of them unscale when one does.
+    """
+    original: Any = torch.amp.GradScaler._unscale_grads_
+    if getattr(original, "_paraplan", False):
+        return
+
+    @functools.wraps(original)
+    def unscale_grads(
+        self: Any, optimizer: Any, inv_scale: torch.Tensor, found_inf: torch.Tensor, *args: Any
+    ) -> dict[torch.device, torch.Tensor]:
+        found = original(self, optimizer, inv_scale, found_inf, *args)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return found  # type: ignore[no-any-return]
+        infinite = sum((value.to(found_inf.device) for value in found.values()), found_inf.clone())
+        dist.all_reduce(infinite, op=dist.ReduceOp.MAX)
+        # A rank that holds nothing of this optimizer's skips the step with the others.
+        devices = found or {found_inf.device: found_inf}
+        return {device: infinite.to(device) for device in devices}
+
+    unscale_grads._paraplan = True  # type: ignore[attr-defined]
+    torch.amp.GradScaler._unscale_grads_ = unscale_grads  # type: ignore[method-assign, assignment]

@@ -286,7 +286,7 @@ class ParallelModel(nn.Module):
             scale = self._loss_scale / used
         if correction is not None:
             scale = scale * correction
-        stash.install(scale, agree=self._scales)
+        stash.install(scale)
 
     def _run(
         self,

@@ -202,6 +202,36 @@ def not_finite(layout: str) -> dict[str, Any]:
     return {"norm": norm.item(), "message": message, "twice": twice}
 
 
+def one_infinity(model: nn.Module, holder: int = 0) -> dict[str, Any]:
+    """One element of one gradient is infinite: what a scaler does, then what clipping does.
+
+    ``holder`` is the rank that holds the element.
+    """
+    from paraplan_runtime.gradients import local
+
+    name = "model.layers.3.mlp.down_proj.weight"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=100)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for scaled in (True, False):
+        loss = compute_loss(model, make_batch(0), plain=False)
+        (scaler.scale(loss) if scaled else loss).backward()
+        if not dist.is_initialized() or dist.get_rank() == holder:
+            gradient = dict(model.named_parameters())[name].grad
+            assert gradient is not None
+            local(gradient).view(-1)[0] = float("inf")
+        if scaled:
+            scaler.step(optimizer)
+            scaler.update()
+            state = model.state_dict()
+            skipped = all(torch.equal(state[key], before[key]) for key in before)
+        else:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        optimizer.zero_grad()
+    return {"skipped": skipped, "scale": scaler.get_scale(), "state": dict(model.state_dict())}
+
+
 def stale_logits(layout: str) -> str:
     model = parallel("llama", layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -228,6 +258,9 @@ def everything(layout: str) -> dict[str, Any]:
         "scaled": parallel_scaled(layout),
         "dropout": dropout(layout),
         "not finite": not_finite(layout),
+        "one infinity": one_infinity(
+            parallel("llama", layout), holder=int(layout in ("pipeline", "interleaved"))
+        ),
         "stale": stale_logits(layout),
     }
     return result

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from device_work import ODD_ROWS, autocast_losses, everything, odd_lengths, outputs, own_loss
+from device_work import (
+    ODD_ROWS,
+    autocast_losses,
+    everything,
+    odd_lengths,
+    one_infinity,
+    outputs,
+    own_loss,
+)
 from parity_cases import build, train
 from parity_work import LOSS_TOLERANCE, NORM_TOLERANCE
 from rank_launch import run_ranks
@@ -120,6 +128,19 @@ def test_gradients_that_are_not_finite_show(ranks: list[dict[str, Any]]) -> None
         assert rank["not finite"]["norm"] != rank["not finite"]["norm"]
         assert "non-finite" in rank["not finite"]["message"]
         assert "twice" in rank["not finite"]["twice"]
+
+
+def test_one_infinite_gradient_acts_as_on_one_device(ranks: list[dict[str, Any]]) -> None:
+    want = one_infinity(build("llama"))
+    assert want["skipped"] and want["scale"] == 1.0
+    assert sum(int(tensor.isnan().sum()) for tensor in want["state"].values()) == 1
+    for rank in ranks:
+        got = rank["one infinity"]
+        assert got["skipped"] and got["scale"] == want["scale"]
+        for name, tensor in want["state"].items():
+            torch.testing.assert_close(
+                got["state"][name], tensor, rtol=1e-5, atol=1e-6, equal_nan=True
+            )
 
 
 def test_logits_of_changed_parameters_are_refused(ranks: list[dict[str, Any]]) -> None:
