@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from runtime_overhead import make_plan
 
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 
 RANKS = 2
 SAMPLE_SECONDS = 0.002

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
 from parity_cases import make_plan

@@ -7,7 +7,7 @@ from small_graphs import small_graph
 from paraplan.cluster import make_cluster
 from paraplan.describe import describe, proof_of
 from paraplan.device import load_device
-from paraplan.layouts import Constraints
+from paraplan.layout_rules import Constraints
 from paraplan.plan_file import Plan
 from paraplan.problem import Problem
 from paraplan.search import search

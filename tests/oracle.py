@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from paraplan.collectives import transfer_seconds
+from paraplan.layout import Layout
 from paraplan.pipeline import critical_paths, interleaved_seconds
-from paraplan.plan_file import Layout
 from paraplan.problem import Problem, chain_cost
 from paraplan.stage_cost import ChainCost, _fixed_parts, _tied_exchange_seconds
 

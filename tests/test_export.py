@@ -21,7 +21,8 @@ from made_plans import made_plan
 from paraplan.cli import main
 from paraplan.export import TARGETS
 from paraplan.export_megatron import pipeline_layout
-from paraplan.plan_file import Layout, Plan, mesh_axes, save_plan
+from paraplan.layout import Layout, mesh_axes
+from paraplan.plan_file import Plan, save_plan
 
 LAYOUTS: dict[str, Layout] = {
     "replicas": Layout(data_replicate=8, micro_batches=2),

@@ -13,12 +13,14 @@ from made_plans import made_plan
 from made_sweeps import made_point, made_sweep
 
 from paraplan.cli import main
+from paraplan.layout import Layout, mesh_axes
 from paraplan.page import estimate_command, plan_command, plan_page
 from paraplan.page_chart import MOST_TICKS, axis_of, short, ticks
 from paraplan.page_mesh import coordinates, drawn_nodes
 from paraplan.page_sweep import sweep_page
 from paraplan.page_timeline import timeline_picture
-from paraplan.plan_file import ClusterInfo, Layout, Plan, mesh_axes, plan_from_json, save_plan
+from paraplan.plan_file import Plan, plan_from_json, save_plan
+from paraplan.plan_parts import ClusterInfo
 from paraplan.what_if_file import WhatIf, save_what_if
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}

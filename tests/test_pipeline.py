@@ -8,9 +8,9 @@ import statistics
 import pytest
 
 from paraplan.best_cuts import best_cuts
+from paraplan.layout import Layout
 from paraplan.partition import Column
 from paraplan.pipeline import critical_paths, interleaved_seconds, one_f_one_b_seconds
-from paraplan.plan_file import Layout
 from paraplan.stage_cost import in_flight
 
 

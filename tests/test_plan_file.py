@@ -16,15 +16,8 @@ from made_plans import made_plan
 from paraplan.cluster import load_cluster
 from paraplan.device import load_device
 from paraplan.errors import InputError
-from paraplan.plan_file import (
-    Layout,
-    load_plan,
-    plan_from_json,
-    plan_schema,
-    plan_to_json,
-    save_plan,
-    unsupported_fields,
-)
+from paraplan.layout import Layout, unsupported_fields
+from paraplan.plan_file import load_plan, plan_from_json, plan_schema, plan_to_json, save_plan
 
 ROOT = Path(__file__).parent.parent
 KINDS: list[dict[str, object]] = [

@@ -14,8 +14,10 @@ from small_graphs import small_graph
 from paraplan.cluster import make_cluster
 from paraplan.device import load_device
 from paraplan.fitting import least_needed_bytes
-from paraplan.layouts import Constraints, enumerate_families
-from paraplan.plan_file import Layout, Workload
+from paraplan.layout import Layout
+from paraplan.layout_rules import Constraints
+from paraplan.layouts import enumerate_families
+from paraplan.plan_parts import Workload
 from paraplan.problem import Problem
 from paraplan.search import estimate_layout, search
 

@@ -12,10 +12,10 @@ from small_graphs import small_graph
 
 from paraplan.cluster import Cluster, make_cluster
 from paraplan.device import load_device
-from paraplan.layouts import Constraints
+from paraplan.layout_rules import Constraints
 from paraplan.partition import smallest_bottleneck, staged, time_bound
 from paraplan.pipeline import balanced_seconds
-from paraplan.plan_file import Workload
+from paraplan.plan_parts import Workload
 from paraplan.problem import Problem, chain_cost
 from paraplan.search import search
 

@@ -24,8 +24,8 @@ from paraplan.data_traffic import (
 from paraplan.device import Device
 from paraplan.engine import REDUCE_BYTES, RUNTIME, Engine
 from paraplan.graph import RECOMPUTE_MODES, Amount, Block, BlockVariant, Op, Recompute
+from paraplan.layout import Layout
 from paraplan.op_times import op_seconds, optimizer_seconds
-from paraplan.plan_file import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from paraplan.calibrate_fit import Fit, Parameter, fit, with_factors
 from paraplan.cluster import Cluster, load_cluster, make_cluster
 from paraplan.device import load_device
 from paraplan.errors import InputError
-from paraplan.plan_file import write_atomically
+from paraplan.files import write_atomically
 from paraplan.validate_machines import Machines, attention_of
 from paraplan.validate_model import sizes_of
 from paraplan.validate_predict import predict

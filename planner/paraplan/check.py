@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from paraplan.errors import InputError
 from paraplan.explain import request_of
 from paraplan.models import ModelSource, resolve_model
-from paraplan.plan_file import MemoryParts, Plan, load_plan
+from paraplan.plan_file import Plan, load_plan
+from paraplan.plan_parts import MemoryParts
 from paraplan.report import GIB, layout_words
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from paraplan.device import Device, load_device
 from paraplan.errors import InputError
-from paraplan.plan_file import describe_validation_error
+from paraplan.files import describe_validation_error
 from paraplan.profile_types import (
     Figure,
     Fraction,

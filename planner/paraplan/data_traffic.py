@@ -8,7 +8,7 @@ from typing import NamedTuple
 from paraplan.cluster import Cluster
 from paraplan.collectives import Group, Kind, collective_seconds, contention_seconds
 from paraplan.engine import Engine
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 
 
 def peers(size: int, stride: int, devices_per_node: int) -> Group:

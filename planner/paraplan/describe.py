@@ -9,22 +9,20 @@ from itertools import pairwise
 
 from paraplan.block_cost import BlockCost
 from paraplan.graph import Recompute
+from paraplan.layout import Layout, mesh_axes, unsupported_fields
 from paraplan.pipeline import interleaved_seconds, one_f_one_b_seconds
-from paraplan.plan_file import (
+from paraplan.plan_file import Plan
+from paraplan.plan_parts import (
     Breakdown,
     ClusterInfo,
-    Layout,
     MemoryParts,
     ModelInfo,
     NodeKind,
-    Plan,
     Prediction,
     Proof,
     RunnerUp,
     Stage,
     TimeBasis,
-    mesh_axes,
-    unsupported_fields,
 )
 from paraplan.problem import Problem
 from paraplan.search import Found, SearchResult

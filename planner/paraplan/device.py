@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from paraplan.errors import InputError
+from paraplan.files import describe_validation_error
 from paraplan.graph import attention_pairs
 from paraplan.op_table import Dtype, MeasuredOp, MeasuredTable, make_table
-from paraplan.plan_file import describe_validation_error
 from paraplan.profile_types import (
     Figure,
     Fraction,

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from paraplan.export_megatron import to_megatron, to_nemo
 from paraplan.export_torch import Exported, to_accelerate, to_deepspeed, to_torchtitan
-from paraplan.plan_file import Plan, load_plan, write_atomically
+from paraplan.files import write_atomically
+from paraplan.plan_file import Plan, load_plan
 
 TARGETS: dict[str, Callable[[Plan], Exported]] = {
     "torchtitan": to_torchtitan,

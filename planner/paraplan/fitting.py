@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from paraplan.layout import Layout
 from paraplan.layouts import Family, enumerate_families
 from paraplan.partition import feasible, fixed_cuts, staged
-from paraplan.plan_file import Layout
 from paraplan.problem import Problem, chain_cost
 from paraplan.stage_cost import ChainCost
 

@@ -12,6 +12,8 @@ import shlex
 from collections.abc import Iterable
 
 from paraplan.explain import request_of
+from paraplan.files import read_small_file, write_atomically
+from paraplan.layout import Layout
 from paraplan.page_mesh import mesh_picture
 from paraplan.page_parts import (
     GIB,
@@ -31,14 +33,7 @@ from paraplan.page_parts import (
     text,
 )
 from paraplan.page_timeline import timeline_picture
-from paraplan.plan_file import (
-    Layout,
-    Plan,
-    plan_from_json,
-    plan_to_json,
-    read_small_file,
-    write_atomically,
-)
+from paraplan.plan_file import Plan, plan_from_json, plan_to_json
 from paraplan.report import (
     TIME_NAMES,
     closing_lines,

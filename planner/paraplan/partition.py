@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from paraplan.layouts import interleaved_chunks
+from paraplan.layout_rules import interleaved_chunks
 from paraplan.pipeline import (
     balanced_seconds,
     interleaved_seconds,

@@ -17,13 +17,8 @@ from paraplan.describe import describe, no_proof, proof_of
 from paraplan.errors import ImpossibleError, InfeasibleError, InputError, PlanError
 from paraplan.fitting import anything_fits, least_needed_bytes
 from paraplan.graph import ModelGraph
-from paraplan.layouts import (
-    check_layout,
-    enumerate_families,
-    layout_from_fixed,
-    pin_reason,
-    tensor_degrees,
-)
+from paraplan.layout_rules import check_layout, pin_reason
+from paraplan.layouts import enumerate_families, layout_from_fixed, tensor_degrees
 from paraplan.plan_file import Plan
 from paraplan.problem import Problem, arrangements
 from paraplan.request import (

@@ -12,8 +12,9 @@ from paraplan.data_traffic import Numerics
 from paraplan.device import Device
 from paraplan.engine import RUNTIME, Engine
 from paraplan.graph import ModelGraph
-from paraplan.layouts import Constraints, Space
-from paraplan.plan_file import Layout, Workload
+from paraplan.layout import Layout
+from paraplan.layout_rules import Constraints, Space
+from paraplan.plan_parts import Workload
 from paraplan.stage_cost import ChainCost, ChainShape, chain_shape
 from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from paraplan.errors import InputError
-from paraplan.plan_file import read_small_file
+from paraplan.files import read_small_file
 
 Basis = Literal["measured", "published", "datasheet", "modelled"]
 """measured: by us, on the device; published: measured and published by others;

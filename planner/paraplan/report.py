@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paraplan.plan_file import Breakdown, Layout, MemoryParts, Plan, RunnerUp, Stage, capacity_of
+from paraplan.layout import Layout
+from paraplan.plan_file import Plan, capacity_of
+from paraplan.plan_parts import Breakdown, MemoryParts, RunnerUp, Stage
 
 GIB = 2**30
 BAR = 24  # characters of a full bar

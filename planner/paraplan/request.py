@@ -16,9 +16,10 @@ from paraplan.cluster import Cluster, load_cluster, make_cluster
 from paraplan.device import load_device
 from paraplan.errors import InputError
 from paraplan.graph import RECOMPUTE_MODES, Recompute
-from paraplan.layouts import FIXABLE, Constraints
+from paraplan.layout import RUNTIME_CANNOT_APPLY_YET, Schedule
+from paraplan.layout_rules import FIXABLE, Constraints
 from paraplan.models import ModelSource, resolve_model
-from paraplan.plan_file import RUNTIME_CANNOT_APPLY_YET, Schedule, Workload
+from paraplan.plan_parts import Workload
 from paraplan.workload import make_workload
 
 DEFAULT_DEVICE = "h100"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from paraplan.best_cuts import best_cuts
 from paraplan.fitting import fits, leanest, needed_capacity_bytes
+from paraplan.layout import Layout
 from paraplan.layouts import Family, enumerate_families
 from paraplan.partition import (
     Staged,
@@ -30,7 +31,6 @@ from paraplan.partition import (
     time_bound,
 )
 from paraplan.pipeline import balanced_seconds, least_seconds
-from paraplan.plan_file import Layout
 from paraplan.problem import (
     Problem,
     arrangements,

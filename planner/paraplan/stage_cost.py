@@ -18,7 +18,8 @@ from paraplan.collectives import collective_seconds, transfer_seconds
 from paraplan.data_traffic import Numerics, peers
 from paraplan.device import Device
 from paraplan.graph import RECOMPUTE_MODES, Amount, ModelGraph, Recompute, cut_amounts
-from paraplan.plan_file import Layout, MemoryParts
+from paraplan.layout import Layout
+from paraplan.plan_parts import MemoryParts
 from paraplan.recompute import (
     Choice,
     LayerKind,

@@ -14,7 +14,7 @@ from paraplan.stage_cost import ChainCost
 
 
 class StageTimes(NamedTuple):
-    """Seconds of one (virtual) stage and micro-batch; `plan_file.Stage` says what each is."""
+    """Seconds of one (virtual) stage and micro-batch; `plan_parts.Stage` says what each is."""
 
     forward: float
     backward: float

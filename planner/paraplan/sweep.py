@@ -31,8 +31,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from paraplan.block_cost import BlockCompute
 from paraplan.describe import rounded
 from paraplan.errors import InfeasibleError, InputError, PlanError
+from paraplan.files import write_atomically
 from paraplan.graph import ModelGraph
-from paraplan.plan_file import Layout, Plan, device_of, write_atomically
+from paraplan.layout import Layout
+from paraplan.plan_file import Plan, device_of
 from paraplan.planning import graph_of, plan_problem, problem_of, trace_settings
 from paraplan.request import Question
 from paraplan.trace_cache import default_cache_dir, source_digest, trace_key

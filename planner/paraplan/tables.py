@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Plan, Stage
+from paraplan.plan_file import Plan
+from paraplan.plan_parts import Stage
 
 
 def rows_to_csv(rows: Iterable[dict[str, Any]]) -> str:

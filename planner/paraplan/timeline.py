@@ -16,7 +16,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from paraplan.plan_file import Plan, Stage, load_plan, write_atomically
+from paraplan.files import write_atomically
+from paraplan.plan_file import Plan, load_plan
+from paraplan.plan_parts import Stage
 from paraplan.report import layout_words, order_by_replay, seconds_words
 from paraplan.simulate import Played, Replay, StageSeconds, replay
 from paraplan.tables import rows_to_csv

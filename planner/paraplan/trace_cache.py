@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from paraplan.errors import InputError
+from paraplan.files import write_atomically
 from paraplan.graph import FORMAT, ModelGraph
 from paraplan.models import ModelSource
-from paraplan.plan_file import write_atomically
 
 
 def model_graph(

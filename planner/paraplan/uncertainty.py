@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 
 from paraplan.graph import Recompute
-from paraplan.plan_file import Interval
+from paraplan.plan_parts import Interval
 from paraplan.stage_cost import ChainCost
 
 COVERAGE = 0.8

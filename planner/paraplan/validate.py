@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from paraplan.cluster import load_cluster
 from paraplan.errors import InputError, PlanError
-from paraplan.plan_file import write_atomically
+from paraplan.files import write_atomically
 from paraplan.tables import rows_to_csv
 from paraplan.validate_machines import Machines
 from paraplan.validate_plot import scatter_svg

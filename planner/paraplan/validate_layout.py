@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from paraplan.cluster import Cluster
 from paraplan.engine import Engine
+from paraplan.layout import Layout, Schedule
 from paraplan.partition import Cuts, Staged
-from paraplan.plan_file import Layout, Schedule
 from paraplan.stage_cost import ChainCost
 from paraplan.validate_model import tensor_reason
 from paraplan.validate_ops import ModelSizes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paraplan.layouts import Constraints
+from paraplan.layout import Precision
+from paraplan.layout_rules import Constraints
 from paraplan.partition import staged
-from paraplan.plan_file import Precision
 from paraplan.problem import Problem, chain_cost
 from paraplan.uncertainty import computing_share, kind_of
 from paraplan.validate_graph import closed_form_graph

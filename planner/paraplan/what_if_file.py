@@ -13,14 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paraplan.errors import InputError
-from paraplan.plan_file import (
-    Bytes,
-    Precision,
-    Seconds,
-    describe_validation_error,
-    read_small_file,
-    write_atomically,
-)
+from paraplan.files import describe_validation_error, read_small_file, write_atomically
+from paraplan.layout import Precision
+from paraplan.plan_parts import Bytes, Seconds
 from paraplan.tables import to_dataframe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from paraplan.errors import InputError
+from paraplan.layout import Precision
 from paraplan.op_table import Dtype
-from paraplan.plan_file import Precision, Workload
+from paraplan.plan_parts import Workload
 
 OPTIMIZER_STATE_BYTES: dict[str, float] = {
     "adamw": 8,  # two fp32 moments (Loshchilov & Hutter 2019)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 from paraplan_runtime.rehearsal import is_rehearsal
 
 IGNORED_LABEL = -100

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from paraplan.errors import InputError
-from paraplan.plan_file import RUNTIME_CANNOT_SPLIT, Plan, unsupported_fields
+from paraplan.layout import RUNTIME_CANNOT_SPLIT, unsupported_fields
+from paraplan.plan_file import Plan
 from paraplan_runtime.batch import schedule_accepts
 from paraplan_runtime.rehearsal import is_rehearsal
 from paraplan_runtime.stage import StagePaths

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from paraplan.errors import InputError
-from paraplan.plan_file import write_atomically
+from paraplan.files import write_atomically
 
 LATEST = "latest"
 TRAINING_FILE = "training.json"

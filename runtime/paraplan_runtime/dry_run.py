@@ -46,7 +46,7 @@ class Rehearsed:
         rank: its number in the job.
         micro_batches: of the steps that ran.
         peak_bytes: most memory alive at once in a step.
-        parts: the same by what holds it (fields of ``plan_file.MemoryParts``).
+        parts: the same by what holds it (fields of ``plan_parts.MemoryParts``).
         optimizer_peak_bytes: most memory alive in the optimizer's step.
     """
 

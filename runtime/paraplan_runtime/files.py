@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from paraplan.errors import InputError
-from paraplan.plan_file import write_atomically
+from paraplan.files import write_atomically
 from paraplan_runtime.mesh import Ranks
 from paraplan_runtime.state import Entry, Source, check_shape, fill
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 from paraplan_runtime.rehearsal import real_tensors
 
 AXES = ("pipeline", "data_replicate", "data_shard", "tensor")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from paraplan.plan_file import Recompute
+from paraplan.layout import Recompute
 
 _KEPT_OPERATORS = (
     "aten::mm",

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from paraplan.plan_file import Precision
+from paraplan.layout import Precision
 from paraplan_runtime.gradients import local
 from paraplan_runtime.mesh import Ranks
 from paraplan_runtime.rehearsal import real_tensors

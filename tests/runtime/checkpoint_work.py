@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parity_cases import build, build_lora, compute_loss, make_batch, make_plan
 from parity_work import LAYOUTS as PARITY_LAYOUTS
 
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 
 LAYOUTS = PARITY_LAYOUTS | {
     "one": Layout(micro_batch_size=4, micro_batches=2),

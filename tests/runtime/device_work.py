@@ -10,7 +10,7 @@ from parity_cases import LENGTH, VOCABULARY, build, compute_loss, make_batch, ma
 from torch import nn
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Layout, Precision
+from paraplan.layout import Layout, Precision
 
 ODD_ROWS = (8, 5, 3, 1, 9, 16)
 """Sequences of the steps' batches where the plan is for 8."""

@@ -8,21 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from paraplan.plan_file import (
+from paraplan.layout import Layout, Precision, Recompute, mesh_axes
+from paraplan.plan_file import Plan
+from paraplan.plan_parts import (
     Breakdown,
     ClusterInfo,
-    Layout,
     MemoryParts,
     ModelInfo,
-    Plan,
-    Precision,
     Prediction,
     Proof,
-    Recompute,
     Stage,
     TimeBasis,
     Workload,
-    mesh_axes,
 )
 
 ROWS = 8

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from parity_cases import build, make_plan, train
 
-from paraplan.plan_file import Layout, Recompute
+from paraplan.layout import Layout, Recompute
 
 LAYOUTS = {
     "data-shard-2": Layout(data_shard=2, zero_stage=3, micro_batch_size=2, micro_batches=2),

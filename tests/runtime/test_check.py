@@ -8,7 +8,7 @@ from parity_cases import FAMILIES, PlainModel, build, make_plan
 from torch import nn
 
 from paraplan.errors import InputError
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 from paraplan_runtime.batch import schedule_accepts, split_rows, take_micro_batch
 from paraplan_runtime.check import check_model, check_plan
 from paraplan_runtime.stage import stage_paths

@@ -9,7 +9,7 @@ import torch
 from parity_cases import build, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paraplan.plan_file import Recompute
+from paraplan.layout import Recompute
 from paraplan_runtime.recompute import apply_recompute
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from parity_cases import build, make_batch, make_plan
 
-from paraplan.plan_file import Layout
+from paraplan.layout import Layout
 from paraplan_runtime import parallelize
 from paraplan_runtime.report import WARM_UP_STEPS, ParallelReport
 
