@@ -111,7 +111,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         gated=True,
         tied=False,
         calls=40,
-        gradient_bytes=10,
+        gradient_bytes=6,  # bf16, as the sum
         engine=Engine(overlaps_data=False, tensor_bytes=4, gradient_bytes=2),
     ),
     Framework(

@@ -103,16 +103,19 @@ def equal_cuts(layers: int, chunks: int) -> Cuts:
 def cost_cuts(sizes: ModelSizes, stages: int) -> Cuts:
     """Stages of about equal matrix products, as nanotron's `build_model` cuts them.
 
-    A stage ends with the block that brings the running sum of parameters above its share; the
-    last stages may stay empty and are left out.
+    A stage ends with the block that brings the running sum of parameters to its share. The head
+    has a stage of its own where the last one would stay empty, for nanotron refuses a rank
+    without parameters.
     """
     layer = 4 * sizes.hidden**2 + 3 * sizes.ffn * sizes.hidden
     blocks = [0, *(layer,) * sizes.layers, sizes.vocab * sizes.hidden]
     total, running, cuts = sum(blocks), 0, [0]
     for position, cost in enumerate(blocks[:-1]):
         running += cost
-        if running > total * len(cuts) / stages:
+        if running >= total * len(cuts) / stages:
             cuts.append(position + 1)
+    if len(cuts) < stages and cuts[-1] < len(blocks) - 1:
+        cuts.append(len(blocks) - 1)
     return (*cuts, len(blocks))
 
 
