@@ -11,7 +11,7 @@ import pytest
 from paraplan.errors import InputError
 from paraplan.validate import as_json, validate_files, validate_main
 from paraplan.validate_graph import closed_form_graph, parameter_count
-from paraplan.validate_layout import equal_cuts, layout_of
+from paraplan.validate_layout import cost_cuts, equal_cuts, layout_of
 from paraplan.validate_machines import node_bytes_per_second
 from paraplan.validate_model import sizes_of
 from paraplan.validate_predict import predict
@@ -177,6 +177,15 @@ def test_equal_cuts() -> None:
     assert equal_cuts(8, 4) == (0, 3, 5, 7, 10)
     assert equal_cuts(126, 16) == tuple(range(0, 129, 8))  # embedding and head count as layers
     assert equal_cuts(5, 2) in ((0, 3, 7), (0, 4, 7))
+
+
+def test_cost_cuts_leave_no_stage_empty() -> None:
+    """The head weighs four layers here; a stage ends where the sum reaches its share."""
+    sizes = sizes_of(row(vocab="131072"))
+    layer = 4 * sizes.hidden**2 + 3 * sizes.ffn * sizes.hidden
+    assert sizes.vocab * sizes.hidden == 4 * layer
+    assert cost_cuts(sizes, 2) == (0, 11, 18)
+    assert cost_cuts(sizes, 8) == (0, 4, 6, 9, 11, 14, 16, 17, 18)
 
 
 def test_slower_choices_are_predicted_slower() -> None:
