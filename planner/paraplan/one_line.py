@@ -151,8 +151,7 @@ def _join(wishes: Wishes, kind: str) -> None:
     )
 
     launched = LAUNCHER in os.environ
-    # Without the variable, all ranks are taken to be in one machine.
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     device = join_as_one_device(kind, os.environ)
     report_errors(launched=launched)
     if not launched:

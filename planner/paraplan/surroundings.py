@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,17 @@ from dataclasses import dataclass
 from paraplan.errors import InputError
 
 _LAUNCHERS = (
-    # rank, number of ranks, rank on this node
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch, Kubernetes operators
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; a batch script has no step
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
+    # rank, number of ranks, rank on this node, ranks on this node
+    # torchrun, accelerate launch, Kubernetes operators
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    # srun; a batch script has no step
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    (  # mpirun
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
 )
 FIRST_SLURM_PORT, SLURM_PORTS = 15000, 15000
 """SLURM names no port: each job takes its own by its number."""
@@ -25,11 +33,12 @@ FIRST_SLURM_PORT, SLURM_PORTS = 15000, 15000
 
 @dataclass(frozen=True)
 class Place:
-    """What a launcher says of this process."""
+    """What a launcher says of this process; ``local`` is on this node."""
 
     rank: int
     ranks: int
     local_rank: int
+    local_ranks: int
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,18 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     for names in _LAUNCHERS:
         if names[0] not in environment or names[1] not in environment:
             continue
-        texts = [environment.get(name, "0") for name in names]
+        # A launcher that does not say where on the node a process is starts one on each.
+        alone = ("0", "0", "0", environment[names[1]] if names[2] in environment else "1")
+        texts = [environment.get(name, text) for name, text in zip(names, alone, strict=True)]
         try:
-            rank, ranks, local_rank = (int(text) for text in texts)
+            # SLURM writes 8(x2),4 for nodes of 8, 8 and 4 tasks.
+            *numbers, local_ranks = (int(re.sub(r"[(,].*", "", text)) for text in texts)
         except ValueError:
             shown = ", ".join(f"{n}={t}" for n, t in zip(names, texts, strict=True))
             raise InputError(f"the launcher's variables are not whole numbers: {shown}") from None
+        rank, ranks, local_rank = numbers
         if ranks > 1 or names[0] == "RANK":
-            return Place(rank, ranks, local_rank)
+            return Place(rank, ranks, local_rank, local_ranks)
     return None
 
 
@@ -70,8 +83,11 @@ def standard_variables(place: Place, environment: Mapping[str, str]) -> dict[str
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.ranks),
         "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_ranks),
     }
     address = environment.get("MASTER_ADDR")
+    if address is None and place.local_ranks == place.ranks:
+        address = "127.0.0.1"
     if address is None:
         nodes = environment.get("SLURM_STEP_NODELIST")
         if nodes is None:

@@ -49,19 +49,29 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert not wait_until_gone(str(tmp_path), LEFT_SECONDS)
 
 
-def test_a_stopped_launcher_leaves_nothing(tmp_path: Path) -> None:
-    started = subprocess.Popen(
-        [sys.executable, SCRIPT, "wait", str(tmp_path)],
-        env=environment(tmp_path) | TWO,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_launcher_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
+    with (tmp_path / "errors").open("w") as errors:
+        started = subprocess.Popen(
+            [sys.executable, SCRIPT, "wait", str(tmp_path)],
+            env=environment(tmp_path) | TWO,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
     assert started.stdout is not None
     try:
         assert started.stdout.readline().startswith("wait"), "rank 0 runs"
-        started.send_signal(signal.SIGTERM)
-        assert started.wait(60) == 128 + signal.SIGTERM
+        if stop == signal.SIGINT:
+            os.killpg(started.pid, stop)  # a terminal sends Ctrl-C to all processes
+        else:
+            started.send_signal(stop)
+        assert started.wait(60) == 128 + stop
         assert not wait_until_gone(str(tmp_path), LEFT_SECONDS)
+        # Python itself shows where Ctrl-C met the script; once, not for each rank.
+        shown = (tmp_path / "errors").read_text().count("Traceback")
+        assert shown == (1 if stop == signal.SIGINT else 0)
     finally:
         started.kill()
         started.stdout.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from line_launch import EXAMPLES, LIMIT_SECONDS, environment, losses, run_python, without_line
+
+from paraplan.surroundings import FIRST_SLURM_PORT
 
 SCRIPT = str(Path(__file__).with_name("launch_script.py"))
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -89,14 +92,58 @@ def test_the_example_elsewhere(tmp_path: Path, start: str) -> None:
     assert losses(done) == pytest.approx(wanted, rel=1e-5)
 
 
+def slurm(rank: int) -> dict[str, str]:
+    """What `srun --nodes 1 --ntasks 2` sets for a task."""
+    job = str(free_port() - FIRST_SLURM_PORT) if rank == 0 else ""
+    step = {"PROCID": str(rank), "LOCALID": str(rank), "STEP_NUM_TASKS": "2"}
+    step |= {"STEP_TASKS_PER_NODE": "2", "STEP_NODELIST": "localhost", "JOB_ID": job}
+    return {f"SLURM_{name}": value for name, value in step.items()}
+
+
+def mpirun(rank: int) -> dict[str, str]:
+    """What Open MPI sets for two processes of one node; it names no port."""
+    world = {"RANK": str(rank), "SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
+    port = {"MASTER_PORT": str(free_port())} if rank == 0 else {}
+    return {f"OMPI_COMM_WORLD_{name}": value for name, value in world.items()} | port
+
+
+@pytest.mark.parametrize("variables", [slurm, mpirun])
+def test_it_joins_what_others_started(
+    tmp_path: Path, variables: Callable[[int], dict[str, str]]
+) -> None:
+    first = variables(0)
+    shared = {key: first[key] for key in ("SLURM_JOB_ID", "MASTER_PORT") if key in first}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, "end"],
+            cwd=tmp_path,
+            env=environment(tmp_path) | variables(rank) | shared | {"PARAPLAN_DEVICES": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=LIMIT_SECONDS)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "ranks=2" in said[0] and said[1] == "", "one rank is heard"
+
+
 def test_a_batch_script_is_no_rank() -> None:
     """SLURM sets SLURM_PROCID in a batch script too, where no step of several tasks runs."""
     from paraplan.surroundings import Place, find_place, first_host, standard_variables
 
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None
     step = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
-    assert find_place(step) == Place(5, 8, 1)
+    step["SLURM_STEP_TASKS_PER_NODE"] = "4(x2)"
+    assert find_place(step) == Place(5, 8, 1, 4)
     step |= {"SLURM_STEP_NODELIST": "gpu[03-04,9],cpu1", "SLURM_JOB_ID": "77"}
-    variables = standard_variables(Place(5, 8, 1), step)
+    variables = standard_variables(Place(5, 8, 1, 4), step)
+    assert variables["LOCAL_WORLD_SIZE"] == "4"
     assert variables["MASTER_ADDR"] == "gpu03" and variables["MASTER_PORT"] == "15077"
     assert first_host("a,b[1-2]") == "a" and first_host("node[1]") == "node1"

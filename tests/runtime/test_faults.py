@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -73,11 +74,12 @@ def finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> Ended:
     return Ended(codes, (folder / "output").read_text(), seconds)
 
 
-def without_agent(folder: Path, failure: str) -> Ended:
+def without_agent(folder: Path, failure: str, **environment: str) -> Ended:
     """Two processes that nobody watches, as srun or a shell starts them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= environment
     return finish(folder, [start(folder, failure, [], RANK=str(r), **place) for r in range(2)])
 
 
@@ -124,7 +126,8 @@ def check(ended: Ended, failure: str) -> None:
     assert ended.seconds < FAILURE_LIMIT_SECONDS
     raises = any(word in failure for word in ("raise", "exhaust"))
     # Once, with the user's file in it; never on the rank that only waited.
-    assert ended.output.count("in main") == (1 if raises else 0)
+    frames = re.findall(r'fault_script\.py", line \d+, in main', ended.output)
+    assert len(frames) == (1 if raises else 0)
     assert ("hint: the plan predicts" in ended.output) == ("exhaust" in failure)
 
 
@@ -136,6 +139,13 @@ def test_a_failing_rank_ends_the_job_with_one_message(tmp_path: Path, failure: s
     check(ended, failure)
     # A rank that leaves has ended as it wanted to.
     assert all(code != 0 for code in ended.codes[: 1 if failure == "leave" else 2])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("failure", [name for name, end in ENDS.items() if "hangs" in end])
+def test_a_hang_ends_the_job_in_time_as_shipped(tmp_path: Path, failure: str) -> None:
+    """With the default patience of 20 s, within the 30 s."""
+    check(without_agent(tmp_path, failure, PARAPLAN_HANG_SECONDS=""), failure)
 
 
 @pytest.mark.matrix
