@@ -138,17 +138,36 @@ def _plan_here(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned
     if not has_config:
         # Nothing here can tell when the module's code changes, so it is planned each time.
         return Planned(plan_request(request), f"planned in {time.perf_counter() - began:.2f} s")
-    path = default_cache_dir() / "plans" / f"{_key(request)}.json"
+    path = default_cache_dir() / "plans" / f"{_key(request, first.model)}.json"
     try:
         return Planned(load_plan(path), f"cached, {time.perf_counter() - began:.2f} s")
     except InputError:
-        plan = plan_request(request)
+        plan = _plan_as_trained(request, first)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_plan(plan, path)
     except (OSError, InputError):
         pass  # a cache that cannot be written makes the next start slower, nothing else
     return Planned(plan, f"planned in {time.perf_counter() - began:.2f} s")
+
+
+def _plan_as_trained(request: Request, first: FirstBatch) -> Plan:
+    """The plan for what the script trains; its config does not know adapters, nor what is frozen.
+
+    A model in which whole layers are frozen cannot be traced as it is; it gets the plan for
+    training all of it, which needs more memory.
+    """
+    if _frozen(first.model):
+        try:
+            return plan_request(replace(request, model=_offer_module(first)))
+        except InputError as error:
+            if "frozen" not in str(error):
+                raise
+    return plan_request(request)
+
+
+def _frozen(model: nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _question(wishes: Wishes, machines: Machines) -> Request:
@@ -255,9 +274,14 @@ def _offer_module(first: FirstBatch) -> str:
     return f"{name}:{type(first.model).__name__}"
 
 
-def _key(request: Request) -> str:
+def _key(request: Request, model: nn.Module) -> str:
     """Changes with everything that the plan depends on."""
     parts = {**asdict(request), "model": Path(request.model).parent.name}
+    if _frozen(model):
+        parts["parameters"] = [
+            (name, list(parameter.shape), parameter.requires_grad)
+            for name, parameter in model.named_parameters()
+        ]
     parts["planner"] = _planner_digest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
