@@ -13,6 +13,8 @@ from made_plans import made_plan
 
 from paraplan.cli import main
 from paraplan.plan_file import Plan, save_plan
+from paraplan.report import replay_lines
+from paraplan.request import make_constraints, parse_fix
 from paraplan.timeline import comparison, simulate_plan, trace_json
 
 KINDS: list[dict[str, object]] = [
@@ -24,10 +26,19 @@ KINDS: list[dict[str, object]] = [
 
 
 def plan_of(fixed: dict[str, object]) -> Plan:
-    """A plan with layout fields pinned, and a part of each backward that is recomputation."""
+    """A plan with layout fields pinned; part of each backward is recomputation, and part of each
+    pass has collectives of the data ranks beside it."""
     plan = made_plan(**fixed)
     stages = tuple(
-        stage.model_copy(update={"recompute_seconds": stage.backward_seconds / 4})
+        stage.model_copy(
+            update={
+                "recompute_seconds": stage.backward_seconds / 4,
+                "forward_overlapped_seconds": stage.forward_seconds / 8,
+                "backward_overlapped_seconds": stage.backward_seconds / 8,
+                "first_overlapped_seconds": stage.forward_seconds / 3,
+                "last_overlapped_seconds": stage.backward_seconds / 5,
+            }
+        )
         for stage in plan.stages
     )
     return plan.model_copy(update={"stages": stages})
@@ -83,6 +94,9 @@ def test_events_add_up(fixed: dict[str, object]) -> None:
         }
         for kind, each in parts.items():
             assert seconds[kind, i] == pytest.approx(count * each, rel=1e-4, abs=1e-8)
+        each = stage.forward_overlapped_seconds + stage.backward_overlapped_seconds
+        once = stage.first_overlapped_seconds + stage.last_overlapped_seconds
+        assert seconds["overlapped", i] == pytest.approx(count * each + once, rel=1e-4)
     last = max(e["ts"] + e["dur"] for e in trace["traceEvents"] if e["ph"] == "X")
     assert last / 1e6 == pytest.approx(plan.prediction.simulated_seconds, rel=1e-6)
     assert trace["otherData"]["micro_batches"] == count
@@ -109,7 +123,7 @@ def test_long_steps_are_cut_and_said_to_be() -> None:
 def test_the_order_by_replay_is_reported(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    plan = made_plan()
+    plan = made_plan(pipeline=2)
     assert len(plan.runner_ups) > 1
     first, *others = plan.runner_ups
     assert plan.prediction.simulated_seconds is not None
@@ -119,7 +133,34 @@ def test_the_order_by_replay_is_reported(
     assert order[0] == 1 and sorted(order) == list(range(1 + len(plan.runner_ups)))
     save_plan(plan, tmp_path / "p.json")
     assert main(["timeline", str(tmp_path / "p.json")]) == 0
-    assert "replayed, layout 2 is the fastest" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    ranked = [line for line in out.splitlines() if line[:1].isdigit()]
+    assert len(ranked) == 1 + len(plan.runner_ups)
+    assert "the plan: " in ranked[1] and "the plan: " not in ranked[0]
+    fix = out.partition("; to take it, add\n--fix ")[2]
+    assert make_constraints(parse_fix(fix), ()).fixed.items() <= faster.layout.model_dump().items()
+
+
+def test_a_lead_smaller_than_the_closed_forms_error_is_a_tie() -> None:
+    plan = made_plan(pipeline=4, virtual_stages=1)
+    seconds = plan.prediction.simulated_seconds
+    assert seconds is not None
+    first, *others = plan.runner_ups
+    for lead, words in ((0.001, "no more than the closed form is off"), (0.003, "--fix")):
+        near = first.model_copy(update={"simulated_seconds": seconds * (1 - lead)})
+        lines = replay_lines(plan.model_copy(update={"runner_ups": (near, *others)}))
+        assert words in " ".join(lines[1:])
+
+
+def test_collectives_beside_a_pass_are_drawn() -> None:
+    """A plan that shards parameters gathers them in each pass; the trace shows it."""
+    plan = made_plan(data_shard=4, zero_stage=3)
+    (stage,) = plan.stages
+    assert stage.forward_overlapped_seconds > 0 and stage.backward_overlapped_seconds > 0
+    assert stage.forward_overlapped_seconds <= stage.forward_seconds
+    beside = [e for e in trace_of(plan)["traceEvents"] if e.get("cat") == "overlapped"]
+    assert len(beside) == 2 * plan.layout.micro_batches
+    assert {event["tid"] for event in beside} == {1}
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,14 @@ gathering and reducing the block's parameters (`block_cost`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from paraplan.cluster import Cluster
 from paraplan.collectives import collective_seconds, transfer_seconds
 from paraplan.data_traffic import (
     NONE,
     Numerics,
+    Traffic,
     after,
     data_traffic,
     exposed,
@@ -250,6 +252,22 @@ def _ring_seconds(
     return total
 
 
+class Beside(NamedTuple):
+    """Seconds of the data ranks' collectives that run beside the computation.
+
+    How long they are on their way; what of them is waited for is in the passes' times.
+
+    Attributes:
+        forward, backward: of each micro-batch.
+        first_forward, last_backward: of the first and the last one besides.
+    """
+
+    forward: float
+    backward: float
+    first_forward: float
+    last_backward: float
+
+
 @dataclass(frozen=True, slots=True)
 class BlockCost:
     """One block under one layout, data-parallel traffic included; seconds per micro-batch.
@@ -266,6 +284,7 @@ class BlockCost:
         resident_bytes: unsharded parameters held through the step (ZeRO-1, ZeRO-2, replicas).
         gather_bytes: unsharded parameters while the block is at work (ZeRO-3).
         reduce_bytes: gradients and buffers while they are reduced.
+        beside: the data ranks' collectives that overlap with the passes.
     """
 
     compute: BlockCompute
@@ -282,6 +301,7 @@ class BlockCost:
     resident_bytes: float
     gather_bytes: float
     reduce_bytes: float
+    beside: Beside
 
 
 def block_cost(
@@ -360,7 +380,13 @@ def block_cost(
         resident_bytes=numerics.compute * local if copies and stage != 3 else 0.0,
         gather_bytes=numerics.compute * local if stage == 3 else 0.0,
         reduce_bytes=transient * local + engine.buffer_bytes,
+        beside=_beside(engine, each_forward, each_backward, once_forward, once_backward),
     )
+
+
+def _beside(engine: Engine, *traffic: Traffic) -> Beside:
+    seconds = [one.seconds if engine.overlaps_data else 0.0 for one in traffic]
+    return Beside(*seconds)
 
 
 def _owned(parameters: float, expert_parameters: float, layout: Layout, engine: Engine) -> float:

@@ -32,7 +32,7 @@ def print_explanation(plan: Plan, console: Console) -> None:
     print_times(plan.prediction.breakdown, plan.prediction.step_seconds, console)
     print_memory(plan, console)
     if plan.runner_ups:
-        print_runner_ups(plan, plan.runner_ups, console)
+        print_runner_ups(plan, console)
     if plan.proof.excluded:
         console.print("impossible combinations")
         ordered = sorted(plan.proof.excluded.items(), key=lambda item: -item[1])

@@ -37,6 +37,7 @@ from paraplan.plan_file import Plan, plan_from_json, plan_to_json
 from paraplan.report import (
     TIME_NAMES,
     closing_lines,
+    fix_words,
     layout_words,
     recompute_words,
     replay_lines,
@@ -80,14 +81,10 @@ def plan_command(plan: Plan) -> list[str]:
 
 def estimate_command(plan: Plan, layout: Layout) -> str:
     """The command that predicts another layout of the same question."""
-    degrees = {
-        name: value for name, value in layout.model_dump().items() if value not in (1, False)
-    }
-    pins = ",".join(f"{name}={value}" for name, value in degrees.items())
     words = [word for word in plan_command(plan) if word != "plan"]
     if "--allow" in words:
         words = words[: words.index("--allow")]
-    return shlex.join(["plan", "estimate", *words, "--fix", pins or "tensor=1"])
+    return shlex.join(["plan", "estimate", *words, "--fix", fix_words(layout)])
 
 
 def _answer(plan: Plan) -> str:

@@ -27,7 +27,7 @@ KINDS = {
     "exchange": ("gradient exchange", "c5"),
     "optimizer": ("optimizer", "c7"),
 }
-"""Kinds of slices that keep a rank busy; transfers do not, and are in the trace only."""
+"""Kinds of slices that keep a rank busy; what runs beside them is in the trace only."""
 
 
 def timeline_picture(plan: Plan) -> str:

@@ -62,6 +62,10 @@ class Stage(Frozen):
         recompute_seconds: of ``backward_seconds``, the forward run again.
         forward_exchange_seconds, backward_exchange_seconds: of each of them, collectives that the
             rank waits for (tensor, context, expert and data ranks).
+        forward_overlapped_seconds, backward_overlapped_seconds: beside the computation of each of
+            them, collectives of the data ranks that nobody waits for.
+        first_overlapped_seconds, last_overlapped_seconds: once a step besides, in the first
+            forward and the last backward.
         transfer_seconds: of one micro-batch to the next stage, one way; 0 behind the last.
         step_exchange_seconds, optimizer_seconds: once a step, of the whole pipeline rank (the
             same in each of its virtual stages): exposed gathers and reductions, the update.
@@ -80,6 +84,10 @@ class Stage(Frozen):
     recompute_seconds: Seconds = 0.0
     forward_exchange_seconds: Seconds = 0.0
     backward_exchange_seconds: Seconds = 0.0
+    forward_overlapped_seconds: Seconds = 0.0
+    backward_overlapped_seconds: Seconds = 0.0
+    first_overlapped_seconds: Seconds = 0.0
+    last_overlapped_seconds: Seconds = 0.0
     transfer_seconds: Seconds = 0.0
     step_exchange_seconds: Seconds = 0.0
     optimizer_seconds: Seconds = 0.0

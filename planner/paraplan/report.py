@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,11 +11,14 @@ from rich.table import Table
 
 from paraplan.layout import Layout
 from paraplan.plan_file import Plan, capacity_of
-from paraplan.plan_parts import Breakdown, MemoryParts, RunnerUp, Stage
+from paraplan.plan_parts import Breakdown, MemoryParts, Stage
 
 GIB = 2**30
 BAR = 24  # characters of a full bar
 MOST_ROWS = 8  # pipeline ranks shown one by one
+CLOSED_FORM_ERROR = 0.002
+"""Mean difference of closed form and replay over uneven pipelines (docs/cost-model.md): layouts
+that the replay tells apart by less than this are as good as each other."""
 
 TIME_NAMES = {
     "forward": "forward",
@@ -72,7 +76,7 @@ def print_summary(plan: Plan, console: Console) -> None:
     print_times(plan.prediction.breakdown, plan.prediction.step_seconds, console)
     print_memory(plan, console)
     if plan.runner_ups:
-        print_runner_ups(plan, plan.runner_ups, console)
+        print_runner_ups(plan, console)
     for line in closing_lines(plan):
         console.print(line, style="dim", highlight=False)
 
@@ -186,14 +190,11 @@ def memory_words(memory: MemoryParts) -> str:
     )
 
 
-def print_runner_ups(plan: Plan, others: Iterable[RunnerUp], console: Console) -> None:
-    """Layouts that came close."""
-    console.print("next best")
-    table = Table.grid(padding=(0, 2))
-    for other in others:
-        slower = other.step_seconds / plan.prediction.step_seconds - 1
-        table.add_row(f"+{slower * 100:.1f} %", layout_words(other.layout))
-    console.print(table, highlight=False)
+def print_runner_ups(plan: Plan, console: Console) -> None:
+    """The plan and the layouts that came close, as the replayed step ranks them."""
+    console.print("the best few, ranked again by the replayed step")
+    for line in ranking_lines(plan):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print()
 
 
@@ -205,25 +206,61 @@ def order_by_replay(plan: Plan) -> list[int]:
     return [index for _, index in sorted(known)]
 
 
+def ranking_lines(plan: Plan) -> list[str]:
+    """The solver's best few, ranked again by the replayed step, beside the closed form."""
+    seen = plan.prediction
+    known = [("the plan: ", plan.layout, seen.step_seconds, seen.simulated_seconds)]
+    known += [("", o.layout, o.step_seconds, o.simulated_seconds) for o in plan.runner_ups]
+    lines = ["   replayed  closed form  difference"]
+    for place, index in enumerate(order_by_replay(plan) or range(len(known)), start=1):
+        which, layout, closed, simulated = known[index]
+        seen_again, off = "not known", ""
+        if simulated is not None:
+            seen_again = seconds_words(simulated)
+            off = f"{(simulated / closed - 1) * 100:+.2f} %"
+        figures = f"{place}  {seen_again:>9s}  {seconds_words(closed):>11s}  {off:>10s}  "
+        lines += textwrap.wrap(
+            which + layout_words(layout), 80, initial_indent=figures, subsequent_indent=" " * 38
+        )
+    return lines
+
+
 def replay_lines(plan: Plan) -> list[str]:
-    """The step replayed event by event against the closed form, and whether the order changes."""
+    """What the replay says to the plan: how far off it is, and whether it ranks another first."""
     seen = plan.prediction
     if seen.simulated_seconds is None:
         return []
     if plan.layout.pipeline == 1 and all(o.layout.pipeline == 1 for o in plan.runner_ups):
         return []  # without a pipeline both are the same sum
     off = seen.simulated_seconds / seen.step_seconds - 1
-    lines = [f"replayed: {seconds_words(seen.simulated_seconds)}, {off * 100:+.1f} %"]
+    lines = [f"replayed: {seconds_words(seen.simulated_seconds)}, {off * 100:+.2f} %"]
     first = order_by_replay(plan)[0]
     if first:
         other = plan.runner_ups[first - 1]
         assert other.simulated_seconds is not None, "only known ones are in the order"
         gain = 1 - other.simulated_seconds / seen.simulated_seconds
-        lines.append(
-            f"replayed, another is {gain * 100:.2g} % faster: {layout_words(other.layout)} "
-            f"({seconds_words(other.simulated_seconds)})"
-        )
+        if gain <= CLOSED_FORM_ERROR:
+            lines.append(
+                f"replayed, another is {gain * 100:.2g} % faster, no more than the closed form "
+                f"is off ({CLOSED_FORM_ERROR:.1%}): {layout_words(other.layout)}"
+            )
+        else:
+            lines += [
+                f"replayed, another is {gain * 100:.2g} % faster: {layout_words(other.layout)} "
+                f"({seconds_words(other.simulated_seconds)}); to take it, add",
+                f"--fix {fix_words(other.layout)}",
+            ]
     return lines
+
+
+def fix_words(layout: Layout) -> str:
+    """What ``--fix`` takes to pin a layout; degrees left out can only be 1."""
+    plain = Layout()
+    fields = layout.model_dump()
+    changed = {name: value for name, value in fields.items() if value != getattr(plain, name)}
+    if layout.tensor > 1:
+        changed["sequence_parallel"] = layout.sequence_parallel
+    return ",".join(f"{name}={value}" for name, value in changed.items()) or "tensor=1"
 
 
 def closing_lines(plan: Plan) -> list[str]:

@@ -11,7 +11,6 @@ rank stands for all of them.
 `pipeline` has the closed forms that the search minimises. The two agree exactly for equal stages
 without transfers. They differ otherwise, because here
 
-- transfers of interleaved schedules take no share of the computation beside them,
 - each boundary has its own transfer, where the closed form takes the slowest of all,
 - each rank begins its once-a-step work when its own last backward is done, not the last one's,
 - chunks of one rank may differ (embedding in the first, head in the last),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from paraplan.block_cost import Pass
+from paraplan.block_cost import Beside, Pass
 from paraplan.graph import RECOMPUTE_MODES, Recompute
 from paraplan.search import Found
 from paraplan.simulate import StageSeconds, simulated_seconds
@@ -22,6 +22,7 @@ class StageTimes(NamedTuple):
     forward_exchange: float
     backward_exchange: float
     transfer: float
+    overlapped: Beside
 
 
 def stage_times(found: Found) -> list[StageTimes]:
@@ -34,26 +35,61 @@ def stage_times(found: Found) -> list[StageTimes]:
         run = range(cuts[index], cuts[index + 1])
         here = chain.of_rank(index % p)
         forward, backward = _run_seconds(here, run, modes, index < p, index > last - p)
+        transfer = 0.0 if index == last else chain.transfer_seconds(index % p, run.stop)
         blocks = [(here.costs[chain.shape.kind_at[i]], modes.get(i, "none")) for i in run]
         again = sum(_device_seconds(cost.compute.rerun[mode]) for cost, mode in blocks)
+        exchanges = (
+            _waited(forward, [c.compute.forward for c, _ in blocks]),
+            _waited(backward, [c.compute.backward for c, _ in blocks], again),
+        )
+        slowed = _slowed(chain, transfer, found.staged.stages[index % p].seconds)
         times.append(
             StageTimes(
-                forward=forward,
-                backward=backward,
+                forward=forward + slowed,
+                backward=backward + slowed,
                 recompute=again,
-                forward_exchange=_beside(forward, [c.compute.forward for c, _ in blocks]),
-                backward_exchange=_beside(backward, [c.compute.backward for c, _ in blocks], again),
-                transfer=0.0 if index == last else chain.transfer_seconds(index % p, run.stop),
+                forward_exchange=exchanges[0],
+                backward_exchange=exchanges[1],
+                transfer=transfer,
+                overlapped=_overlapped(
+                    [cost.beside for cost, _ in blocks],
+                    forward - exchanges[0],
+                    backward - exchanges[1],
+                ),
             )
         )
     return times
+
+
+def _slowed(chain: ChainCost, transfer: float, rank_seconds: float) -> float:
+    """What an interleaved pass takes longer because transfers run beside it.
+
+    As `pipeline.interleaved_seconds` has it; plain 1F1B waits for what it sends.
+    """
+    virtual = chain.layout.virtual_stages
+    if virtual == 1:
+        return 0.0
+    return chain.transfer_contention * min(transfer, rank_seconds / (2 * virtual))
+
+
+def _overlapped(blocks: Sequence[Beside], forward: float, backward: float) -> Beside:
+    """What of the data ranks' collectives lies beside so much computation."""
+    whole = Beside(*(sum(parts) for parts in zip(*blocks, strict=True)))
+    each_forward = min(whole.forward, forward)
+    each_backward = min(whole.backward, backward)
+    return Beside(
+        forward=each_forward,
+        backward=each_backward,
+        first_forward=min(whole.first_forward, forward - each_forward),
+        last_backward=min(whole.last_backward, backward - each_backward),
+    )
 
 
 def _device_seconds(one: Pass) -> float:
     return one.kernels + one.launch
 
 
-def _beside(whole: float, passes: Sequence[Pass], again: float = 0.0) -> float:
+def _waited(whole: float, passes: Sequence[Pass], again: float = 0.0) -> float:
     """What of ``whole`` is not computation: collectives that are waited for."""
     rest = whole - sum(_device_seconds(one) for one in passes) - again
     return (

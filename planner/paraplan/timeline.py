@@ -2,9 +2,10 @@
 
 One process for each pipeline rank (its data, tensor and context peers do the same at the same
 time). Thread 0 is what the rank computes: forward and backward passes, recomputation within the
-backward, the optimizer. Thread 1 is its communication: collectives that it waits for, transfers
-that it sends; what overlaps there moves on to thread 2. Collectives of a pass are spread over its
-layers in truth, and shown together at its end.
+backward, the optimizer. Thread 1 is its communication: collectives that it waits for, those that
+run beside the computation, transfers that it sends; what overlaps there moves on to thread 2.
+Collectives of a pass are spread over its layers in truth, and shown together: what is hidden from
+its begin on, what is waited for at its end.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from paraplan.files import write_atomically
 from paraplan.plan_file import Plan, load_plan
 from paraplan.plan_parts import Stage
-from paraplan.report import layout_words, order_by_replay, seconds_words
+from paraplan.report import order_by_replay, ranking_lines, replay_lines
 from paraplan.simulate import Played, Replay, StageSeconds, replay
 from paraplan.tables import rows_to_csv
 
@@ -33,8 +33,9 @@ class Slice(NamedTuple):
     """Something that a pipeline rank does.
 
     Attributes:
-        kind: ``forward``, ``backward``, ``recompute``, ``collectives``, ``transfer``, ``exchange``
-            or ``optimizer``.
+        kind: ``forward``, ``backward``, ``recompute``, ``collectives`` (waited for),
+            ``overlapped`` (collectives beside the computation), ``transfer``, ``exchange`` or
+            ``optimizer``.
         stage, micro_batch: -1 for what is done once a step.
         start, seconds: since the step began.
     """
@@ -80,8 +81,10 @@ def simulate_plan(plan: Plan, *, most_passes: int = MOST_PASSES) -> Simulated:
 def slices(plan: Plan, done: Replay) -> Iterator[Slice]:
     """Everything that the ranks did, rank by rank."""
     for rank, passes in enumerate(done.ranks):
+        last = max(played.work.micro_batch for played in passes)
         for played in passes:
             yield from _pass_slices(rank, played, plan.stages)
+            yield _overlapped_slice(rank, played, plan.stages[played.work.stage], last)
         stage, end = plan.stages[rank], passes[-1].end
         exchange = stage.step_exchange_seconds
         yield Slice(rank, "exchange", -1, -1, end, exchange)
@@ -103,11 +106,24 @@ def _pass_slices(rank: int, played: Played, stages: tuple[Stage, ...]) -> Iterat
         yield Slice(rank, "transfer", index, micro_batch, sent, seconds)
 
 
+def _overlapped_slice(rank: int, played: Played, stage: Stage, last: int) -> Slice:
+    """The data ranks' collectives beside a pass, those of once a step included where they fall."""
+    _, micro_batch, backward = played.work
+    if backward:
+        once = stage.last_overlapped_seconds if micro_batch == last else 0.0
+        seconds = stage.backward_overlapped_seconds + once
+    else:
+        once = stage.first_overlapped_seconds if micro_batch == 0 else 0.0
+        seconds = stage.forward_overlapped_seconds + once
+    return Slice(rank, "overlapped", stage.index, micro_batch, played.start, seconds)
+
+
 TITLES = {
     "forward": "forward {micro_batch}",
     "backward": "backward {micro_batch}",
     "recompute": "recompute {micro_batch}",
     "collectives": "collectives of {micro_batch}",
+    "overlapped": "collectives beside {micro_batch}",
     "transfer": "send {micro_batch}",
     "exchange": "gradient exchange",
     "optimizer": "optimizer",
@@ -213,27 +229,8 @@ def comparison(plan: Plan) -> dict[str, object]:
 
 
 def comparison_lines(plan: Plan) -> list[str]:
-    """`comparison` for people."""
-    found = [(plan.layout, plan.prediction.step_seconds, plan.prediction.simulated_seconds)]
-    found += [(o.layout, o.step_seconds, o.simulated_seconds) for o in plan.runner_ups]
-    lines = ["closed form    replayed"]
-    for layout, closed, simulated in found:
-        seen = "not known" if simulated is None else seconds_words(simulated)
-        off = "" if simulated is None else f"{(simulated / closed - 1) * 100:+.2f} %"
-        figures = f"{seconds_words(closed):>11s} {seen:>11s} {off:>8s}  "
-        lines += textwrap.wrap(
-            layout_words(layout),
-            width=80,
-            initial_indent=figures,
-            subsequent_indent=" " * len(figures),
-        )
-    order = order_by_replay(plan)
-    if order and order[0]:
-        lines.append(
-            f"replayed, layout {order[0] + 1} is the fastest; the plan stays what is proven to be\n"
-            "optimal for the closed form"
-        )
-    return lines
+    """`comparison` for people: the best few as the replay ranks them."""
+    return [*ranking_lines(plan), *replay_lines(plan)]
 
 
 def add_timeline_arguments(parser: argparse.ArgumentParser) -> None:

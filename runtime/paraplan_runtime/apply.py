@@ -15,7 +15,12 @@ import torch
 from torch import nn
 
 from paraplan.plan_file import Plan
-from paraplan_runtime.check import check_model, check_plan, check_ranks_built_the_same
+from paraplan_runtime.check import (
+    check_kinds,
+    check_model,
+    check_plan,
+    check_ranks_built_the_same,
+)
 from paraplan_runtime.construction import random_fingerprint, take_sources
 from paraplan_runtime.gradients import (
     GradientStash,
@@ -68,6 +73,7 @@ def parallelize(
     device = join(device_type)
     watchdog = watch_over(device)
     ranks = build_ranks(plan.layout, device)
+    check_kinds(plan, device)
     watchdog.describe(*_place_and_memory(plan, ranks))
     stages = stage_paths(plan, model)
     check_model(model, plan, stages)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from paraplan.errors import InputError
 from paraplan.layout import RUNTIME_CANNOT_SPLIT, unsupported_fields
-from paraplan.plan_file import Plan
+from paraplan.plan_file import Plan, device_of
 from paraplan_runtime.batch import schedule_accepts
 from paraplan_runtime.rehearsal import is_rehearsal
 from paraplan_runtime.stage import StagePaths
@@ -34,6 +37,51 @@ def check_plan(plan: Plan) -> None:
                 else "whole rounds of pipeline micro-batches"
             )
         )
+
+
+def check_kinds(plan: Plan, device: torch.device) -> None:
+    """Refuse a job whose nodes were started in another order than a plan over two kinds wants.
+
+    All ranks compare all devices, so that all of them refuse.
+
+    Raises:
+        InputError: a rank's device is of the kind that the plan has for other ranks.
+    """
+    if not plan.cluster.kinds or is_rehearsal():
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    misplaced = misplaced_rank(plan, names)
+    if misplaced is not None:
+        wanted = device_of(plan, _pipeline_rank(plan, misplaced))
+        raise InputError(
+            f"rank {misplaced} runs on {names[misplaced]}, the plan has it on {wanted}",
+            hint=f"start the nodes with {plan.cluster.kinds[0].device} first: theirs are ranks 0 "
+            f"to {plan.cluster.kinds[0].devices - 1}",
+        )
+
+
+def misplaced_rank(plan: Plan, names: Sequence[str]) -> int | None:
+    """The first rank whose device's name is that of the other kind; None if there is none.
+
+    Names that are of neither kind say nothing: drivers and profiles name devices differently.
+    """
+    kinds = {kind.device for kind in plan.cluster.kinds}
+    for rank, name in enumerate(names):
+        wanted = device_of(plan, _pipeline_rank(plan, rank))
+        if any(_named(name, kind) and not _named(name, wanted) for kind in kinds - {wanted}):
+            return rank
+    return None
+
+
+def _named(name: str, kind: str) -> bool:
+    """Whether ``NVIDIA H100 80GB HBM3`` is an ``h100-sxm``: the profile's first word is in it."""
+    return kind.partition("-")[0].lower() in re.split(r"[^a-z0-9]+", name.lower())
+
+
+def _pipeline_rank(plan: Plan, rank: int) -> int:
+    return rank * plan.layout.pipeline // plan.layout.devices
 
 
 def check_model(model: nn.Module, plan: Plan, stages: tuple[StagePaths, ...]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kinds_work import applied_to_kinds, plan_on
 from parity_cases import FAMILIES, PlainModel, build, make_plan
+from rank_launch import run_ranks
 from torch import nn
 
 from paraplan.errors import InputError
 from paraplan.layout import Layout
 from paraplan_runtime.batch import schedule_accepts, split_rows, take_micro_batch
-from paraplan_runtime.check import check_model, check_plan
+from paraplan_runtime.check import check_model, check_plan, misplaced_rank
 from paraplan_runtime.stage import stage_paths
 from paraplan_runtime.tensor import tensor_plan
 
@@ -112,3 +114,25 @@ def test_architectures_in_the_shared_list() -> None:
     model = build("llama")
     model.__class__ = Phi3ForCausalLM
     assert "tensor parallelism to Phi3ForCausalLM" in refusal("llama", Layout(tensor=2), model)
+
+
+def test_nodes_of_two_kinds_in_the_wrong_order() -> None:
+    """Every rank refuses, in the same line, before anything is split."""
+    messages = run_ranks(2, applied_to_kinds, ("h100-sxm", "cpu"))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(
+        "rank 0 runs on cpu, the plan has it on h100-sxm; start the nodes"
+    )
+    assert run_ranks(2, applied_to_kinds, ("cpu", "a100-80gb-sxm"))[0].startswith("rank 1 runs on")
+
+
+def test_devices_are_told_apart_by_name() -> None:
+    plan = plan_on("h100-sxm", "a100-80gb-sxm")
+    h100, a100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+    assert misplaced_rank(plan, [h100, a100]) is None
+    assert misplaced_rank(plan, [a100, h100]) == 0
+    assert misplaced_rank(plan, [h100, h100]) == 1
+    # Of a name that is neither kind's, nothing is said.
+    assert misplaced_rank(plan, ["NVIDIA GH200 480GB", "some device"]) is None
+    same = plan_on("h100-sxm", "h100-96gb-500w")
+    assert misplaced_rank(same, [h100, h100]) is None
