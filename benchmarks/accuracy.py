@@ -4,7 +4,8 @@
     python benchmarks/accuracy.py FOLDER FITS > docs/accuracy.md   (half a minute)
 
 FOLDER holds the published runs; the text around the tables is ``accuracy_text.md``, whose lines
-``{tables}``, ``{worst}`` and ``{carries}`` are replaced. Why a row is off is said by hand, below.
+``{tables}``, ``{worst}``, ``{noise}``, ``{modes}`` and ``{carries}`` are replaced. Why a row is off
+is said by hand, below.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ceilings import mode_tables, noise_table
+
 from paraplan.validate import as_text, validate_files
 from paraplan.validate_predict import Prediction
 
 WHY = {
-    "hf_playbook_nanotron": "rows of this source differ by such factors between near-equal layouts "
-    "(a shared cluster, slow fabric); runs near the memory limit take 1.2 s more per micro-batch",
+    "hf_playbook_nanotron": "a run without the waits that all other runs of tensor ranks "
+    "and pipelines over several nodes show",
     "megatron_sc21": "ZeRO-3 of 2021: 4 to 14 times the exchange that the model has; the paper "
     "gives neither buckets nor prefetch",
     "mlperf_training_llm": "a short step of LoRA over many nodes; the layout is a guess, as the "
@@ -50,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     made = [p for result in results.values() for p in result.predictions if p.row.headline]
     text = (Path(__file__).parent / "accuracy_text.md").read_text()
     text = text.replace("{tables}", as_text(results)).replace("{worst}", worst_rows(made))
+    every = [p for result in results.values() for p in result.predictions]
+    text = text.replace("{noise}", noise_table(made)).replace("{modes}", mode_tables(every))
     text = text.replace("{carries}", "```\n" + Path(arguments[1]).read_text().strip() + "\n```")
     print(text, end="")
     return 0

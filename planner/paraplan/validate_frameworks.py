@@ -112,9 +112,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         tied=False,
         calls=40,
         gradient_bytes=6,  # bf16, as the sum
-        engine=Engine(
-            overlaps_data=False, tensor_bytes=4, gradient_bytes=2, reruns_whole=True
-        ),
+        engine=Engine(overlaps_data=False, tensor_bytes=4, gradient_bytes=2, reruns_whole=True),
     ),
     Framework(
         "llm-foundry",

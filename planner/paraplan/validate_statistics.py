@@ -72,8 +72,8 @@ def summarise(predictions: Sequence[Prediction]) -> Summary:
     memory = [p.memory_error or 0.0 for p in with_memory]
     shares = _equal_weights([p.row.file for p in with_memory])
     swept = _sweeps(timed)
-    correlations = [_spearman(pairs) for _, pairs in swept]
-    regrets = [_regret(pairs) for _, pairs in swept]
+    correlations = [rank_correlation(pairs) for _, pairs in swept]
+    regrets = [regret(pairs) for _, pairs in swept]
     each = _equal_weights([file for file, _ in swept])
     return Summary(
         rows=len(timed),
@@ -138,7 +138,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [first[value] + (count[value] + 1) / 2 for value in values]
 
 
-def _spearman(pairs: Sequence[Pair]) -> float:
+def rank_correlation(pairs: Sequence[Pair]) -> float:
     """Rank correlation of predicted and measured time; 0 where one of them is constant."""
     a, b = _ranks([p for p, _ in pairs]), _ranks([m for _, m in pairs])
     middle = (len(pairs) + 1) / 2
@@ -147,7 +147,8 @@ def _spearman(pairs: Sequence[Pair]) -> float:
     return products / math.sqrt(spread) if spread else 0.0
 
 
-def _regret(pairs: Sequence[Pair]) -> float:
+def regret(pairs: Sequence[Pair]) -> float:
+    """Time of the layout predicted fastest over that of the fastest, less 1."""
     _, chosen = min(pairs)
     return chosen / min(measured for _, measured in pairs) - 1
 

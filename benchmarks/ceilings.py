@@ -1,0 +1,124 @@
+"""What no predictor can reach on published runs, shown with their rows (used by accuracy.py).
+
+Repeated runs of one layout differ; a predictor that knew every layout's mean would still rank
+single runs wrong. And nanotron's pipelined runs fall into two modes that no column tells apart.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
+
+from paraplan.validate_predict import Prediction
+from paraplan.validate_statistics import LEAST_SWEEP, Pair, rank_correlation, regret
+
+DRAWS = 200
+TRANSFER_WAIT_SECONDS = 0.265
+"""What each transfer of a slow run takes beside its bytes: the step between the two modes."""
+
+Sweeps = dict[tuple[str, ...], dict[tuple[str, ...], list[Prediction]]]
+
+
+def sweeps_of(predictions: Sequence[Prediction]) -> Sweeps:
+    """Sweeps with enough layouts, each layout's rows together."""
+    found: Sweeps = defaultdict(lambda: defaultdict(list))
+    for one in predictions:
+        if one.measured_s:
+            found[one.row.sweep][one.row.layout].append(one)
+    return {sweep: rows for sweep, rows in found.items() if len(rows) >= LEAST_SWEEP}
+
+
+def noise_table(predictions: Sequence[Prediction]) -> str:
+    """The rank correlation of a perfect predictor, where layouts were run more than once."""
+    lines = [
+        "| source | rows of repeated layouts | spread | best rank correlation |",
+        "|---|---|---|---|",
+    ]
+    for file in sorted({one.row.file for one in predictions}):
+        swept = sweeps_of([one for one in predictions if one.row.file == file])
+        layouts = [rows for sweep in swept.values() for rows in sweep.values()]
+        repeated = [[math.log(p.measured_s or 1) for p in rows] for rows in layouts if rows[1:]]
+        freedom = sum(len(logs) - 1 for logs in repeated)
+        if freedom < LEAST_SWEEP:
+            continue
+        spread = math.sqrt(sum((x - fmean(v)) ** 2 for v in repeated for x in v) / freedom)
+        best = fmean(_noisy_rank(list(sweep.values()), spread) for sweep in swept.values())
+        rows = sum(len(logs) for logs in repeated)
+        lines.append(f"| {file} | {rows} | {100 * spread:.1f}% | {best:.3f} |")
+    return "\n".join(lines)
+
+
+def _noisy_rank(layouts: Sequence[Sequence[Prediction]], spread: float) -> float:
+    """Mean rank correlation of the measured means with the same means measured once more."""
+    draw = random.Random(0)
+    means = [(fmean(p.measured_s or 0.0 for p in rows), len(rows)) for rows in layouts]
+    return fmean(
+        rank_correlation(
+            [(m, m * math.exp(draw.gauss(0, spread / math.sqrt(n)))) for m, n in means]
+        )
+        for _ in range(DRAWS)
+    )
+
+
+def transfers(one: Prediction) -> int:
+    """Transfers on the longest way through a pipelined step, each direction on its own."""
+    count = one.row.count
+    stages = count("pp")
+    if stages == 1:
+        return 0
+    micro_batches = count("global_batch") // (count("dp") * count("micro_batch"))
+    return min(2 * (stages - 1), 4) * micro_batches + 2 * (stages - 2)
+
+
+def wait_seconds(one: Prediction) -> float:
+    """Seconds of each transfer that the prediction does not have."""
+    return ((one.measured_s or 0.0) - one.predicted_s) / transfers(one)
+
+
+def is_slow(one: Prediction) -> bool:
+    """Whether the run is of the mode in which every transfer waits."""
+    return transfers(one) > 0 and wait_seconds(one) > TRANSFER_WAIT_SECONDS / 2
+
+
+def mode_tables(predictions: Sequence[Prediction]) -> str:
+    """The two modes: how many runs wait how long, and what knowing the mode would do."""
+    runs = [p for p in predictions if p.row.file == "hf_playbook_nanotron" and p.measured_s]
+    piped = [p for p in runs if p.row.count("pp") > 1 and p.row.count("tp") <= 8]
+    edges = (-math.inf, -0.1, 0.05, 0.2, 0.35, math.inf)
+    lines = ["| wait of each transfer | runs |", "|---|---|"]
+    for low, high in pairwise(edges):
+        number = sum(low <= wait_seconds(p) < high for p in piped)
+        lines.append(f"| {_range(low, high)} s | {number} |")
+    lines += ["", "| rows | runs | slow | rank correlation | regret |", "|---|---|---|---|---|"]
+    for title, headline in (("headline", True), ("others", False)):
+        rows = [p for p in runs if p.row.headline == headline]
+        slow = sum(map(is_slow, rows))
+        lines.append(f"| {title} | {len(rows)} | {slow} | {_figures(rows, known=False)} |")
+        known = _figures(rows, known=True)
+        lines.append(f"| {title}, were the mode known | {len(rows)} | {slow} | {known} |")
+    return "\n".join(lines)
+
+
+def _range(low: float, high: float) -> str:
+    if math.isinf(low):
+        return f"below {high:.2f}"
+    return f"above {low:.2f}" if math.isinf(high) else f"{low:.2f} to {high:.2f}"
+
+
+def _figures(rows: Sequence[Prediction], *, known: bool) -> str:
+    pairs = [
+        [_pair(layout, known) for layout in sweep.values()] for sweep in sweeps_of(rows).values()
+    ]
+    ranks, regrets = fmean(map(rank_correlation, pairs)), fmean(map(regret, pairs))
+    return f"{ranks:.3f} | {100 * regrets:.1f}%"
+
+
+def _pair(layout: Sequence[Prediction], known: bool) -> Pair:
+    predicted = [
+        p.predicted_s + known * is_slow(p) * TRANSFER_WAIT_SECONDS * transfers(p) for p in layout
+    ]
+    return fmean(predicted), fmean(p.measured_s or 0.0 for p in layout)
