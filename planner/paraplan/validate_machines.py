@@ -16,6 +16,8 @@ from paraplan.validate_rows import Row, Unusable
 CLUSTERS: tuple[tuple[str, str], ...] = (
     ("h100-96gb", "grand-teton-h100"),
     ("(gb200)", "gb200-nvl72"),
+    ("gb300", ""),
+    ("b300", "dgx-b300"),
     ("a100-40gb", "dgx-a100-40gb"),
     ("a100", "dgx-a100-80gb"),
     ("gh200", ""),
@@ -24,6 +26,8 @@ CLUSTERS: tuple[tuple[str, str], ...] = (
     ("gb200", "gb200-nvl72"),
     ("b200", "dgx-b200"),
     ("mi300x", "mi300x-8"),
+    ("mi325x", "mi325x-8"),
+    ("mi355x", "mi355x-8"),
 )
 
 
