@@ -17,6 +17,7 @@ plan_file
 tables
 profile_types
 op_table
+link_table
 device
 cluster
 op_times collectives workload
@@ -46,6 +47,9 @@ validate
 request
 calibrate
 planning
+profile_tasks
+profile_result
+measure
 report
 timeline explain
 what_if_file
@@ -59,6 +63,8 @@ page_sweep
 page
 surroundings torch_option
 launch automatic
+profiling
+profile_command
 rank_errors
 one_line
 run_script run_command
@@ -98,9 +104,10 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def _part(module: str) -> str:
-    """The tracer's modules (``trace_attention`` and so on) are one part of the order."""
+    """The tracer's modules (``trace_attention`` and so on) are one part, what measures another."""
     inner = module.startswith("trace_") and module != "trace_cache"
-    return "trace" if inner else module
+    measures = module.startswith("measure_")
+    return "trace" if inner else "measure" if measures else module
 
 
 def test_planner_modules_import_only_from_lower_ones() -> None:
@@ -115,7 +122,10 @@ def test_planner_modules_import_only_from_lower_ones() -> None:
             meets = name in MAY_CALL_RUNTIME and not at_top
             assert top != "paraplan_runtime" or meets, f"{path.stem} imports the runtime"
             if top == "paraplan" and rest:
-                lower = order[_part(rest)] < order[name] or _part(rest) == name == "trace"
+                lower = order[_part(rest)] < order[name] or _part(rest) == name in (
+                    "trace",
+                    "measure",
+                )
                 assert lower, f"{path.stem} imports {rest}, which stands above it"
 
 
@@ -123,6 +133,8 @@ def test_nothing_heavy_is_imported_at_the_top() -> None:
     for path in PLANNER.glob("*.py"):
         if (path.stem.startswith("trace_") and path.stem != "trace_cache") or path.stem == "trace":
             continue  # the tracer is made of torch, and imported only to trace
+        if path.stem.startswith("measure_"):
+            continue  # made of torch too, and imported only to measure
         allowed = MAY_IMPORT_AT_TOP.get(path.stem, set())
         for module, at_top in imports(path):
             heavy = module.partition(".")[0] in HEAVY - allowed

@@ -30,6 +30,7 @@ other commands (each has its own --help):
   validate   how far predictions are from measured runs
   what-if    plan many clusters: which is cheapest, which fastest
   calibrate  fit a machine's figures to measured runs
+  profile    measure this machine, and plan with what was measured
 
 exit codes: 0 done, 1 a comparison found a difference, 2 bad input, 3 nothing fits
 """
@@ -239,6 +240,22 @@ def calibrate_parser() -> Parser:
         "  plan --model mistral-7b --gpus 16 --cluster ours.json",
     )
     add_calibrate_arguments(parser)
+    return parser
+
+
+def profile_parser() -> Parser:
+    """Options of `plan profile`."""
+    from paraplan.profile_command import add_profile_arguments
+
+    parser = _parser(
+        "profile",
+        "Measures the devices of this machine, computing at once as in training, and\n"
+        "writes a cluster profile. Ends with a test: whole layers that nothing was fitted\n"
+        "to, predicted against measured.",
+        epilog="example:\n  plan profile --device cpu --gpus 2 --quick -o mine.json\n"
+        "  plan --model ./my-model --cluster mine.json",
+    )
+    add_profile_arguments(parser)
     return parser
 
 

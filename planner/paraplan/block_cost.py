@@ -150,6 +150,7 @@ def _timed(
         groups = Amount(op.dims[0].fixed // expert, op.dims[0].per_sequence)
         op = op.model_copy(update={"dims": (groups, *op.dims[1:])})
     seconds, basis = op_seconds(op, sequences, device)
+    seconds *= device.rates.whole_layer
     if op.kind in ("gemm", "grouped_gemm"):
         seconds /= device.rates.dtypes[op.dtype].sustained
     return op, seconds * op.count, basis

@@ -24,6 +24,7 @@ from paraplan.argument_parsers import (
     export_parser,
     models_parser,
     plan_parser,
+    profile_parser,
     report_parser,
     run_parser,
     schema_parser,
@@ -80,6 +81,7 @@ def _commands() -> dict[str, Command]:
         "validate": (validate_parser, _validate),
         "what-if": (what_if_parser, _what_if),
         "calibrate": (calibrate_parser, _calibrate),
+        "profile": (profile_parser, _profile),
     }
 
 
@@ -342,6 +344,12 @@ def _calibrate(options: argparse.Namespace) -> int:
     from paraplan.calibrate import run_calibrate
 
     return run_calibrate(options)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from paraplan.profile_command import run_profile
+
+    return run_profile(options)
 
 
 def _print_completion(shell: str) -> int:

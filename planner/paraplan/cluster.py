@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from paraplan.device import Device, load_device
 from paraplan.errors import InputError
 from paraplan.files import describe_validation_error
+from paraplan.link_table import LinkTable, MeasuredCollective, make_link_table
 from paraplan.profile_types import (
     Figure,
     Fraction,
@@ -55,6 +56,7 @@ class Link(Frozen):
         latency_seconds: of each step from a device to the next.
         all_reduce_speedup: how much faster than a ring the switches' own reduction is (NVLink
             SHARP), where there is one.
+        measured: collectives timed on it, which come before the figures.
     """
 
     kind: Annotated[str, Field(min_length=1)]
@@ -65,6 +67,12 @@ class Link(Frozen):
     start_seconds: Figure
     latency_seconds: Figure
     all_reduce_speedup: Speedup | None = None
+    measured: tuple[MeasuredCollective, ...] = ()
+
+    @cached_property
+    def table(self) -> LinkTable | None:
+        """The measured collectives, indexed; None where there are none."""
+        return make_link_table(self.measured) if self.measured else None
 
     @cached_property
     def speeds(self) -> LinkSpeeds:
@@ -81,10 +89,11 @@ class Link(Frozen):
         )
 
     def scaled(self, factor: float) -> Link:
-        """The same link with ``factor`` times the bandwidth."""
+        """The same link with ``factor`` times the bandwidth; what was measured is left behind."""
         bandwidth = self.bandwidth_bytes_per_second.scaled(factor, f"times {factor:g}")
         fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return Link.model_construct(**(fields | {"bandwidth_bytes_per_second": bandwidth}))
+        update = {"bandwidth_bytes_per_second": bandwidth, "measured": ()}
+        return Link.model_construct(**(fields | update))
 
 
 @dataclass(frozen=True, slots=True)

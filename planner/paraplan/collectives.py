@@ -42,6 +42,10 @@ def collective_seconds(kind: Kind, message_bytes: float, group: Group, cluster: 
         return 0.0
     near = cluster.link_inside.speeds
     if per_node >= size:
+        table = cluster.link_inside.table
+        measured = None if table is None else table.seconds(kind, size, message_bytes)
+        if measured is not None:
+            return measured
         return _inside_seconds(kind, message_bytes, size, near)
     far = cluster.link_between.speeds
     if kind == "all_to_all":
@@ -103,7 +107,12 @@ def _exchange_seconds(
 
 def transfer_seconds(message_bytes: float, *, between_nodes: bool, cluster: Cluster) -> float:
     """Seconds of one message from a device to its neighbour in a pipeline."""
-    link = (cluster.link_between if between_nodes else cluster.link_inside).speeds
+    chosen = cluster.link_between if between_nodes else cluster.link_inside
+    if chosen.table is not None:
+        measured = chosen.table.seconds("transfer", 2, message_bytes)
+        if measured is not None:
+            return measured
+    link = chosen.speeds
     return link.start + link.latency + message_bytes / link.transfer
 
 

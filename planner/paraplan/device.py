@@ -171,6 +171,7 @@ class Rates:
         floor: seconds that any kernel takes beside its work.
         memory, peak_memory: bytes per second, achieved and peak.
         optimizer: bytes per second of the optimizer's update.
+        whole_layer: seconds of whole layers over those of their ops alone.
     """
 
     floor: float
@@ -182,6 +183,7 @@ class Rates:
     wave_loss: float
     attention: AttentionRates
     dtypes: dict[str, DtypeRates]
+    whole_layer: float
 
 
 class Device(Frozen):
@@ -209,6 +211,7 @@ class Device(Frozen):
     fragmentation_fraction: Figure
     power_watts: Positive | None = None
     price_per_device_hour: Figure | None = None
+    whole_layer_scale: Positive | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
     @model_validator(mode="after")
@@ -240,6 +243,7 @@ class Device(Frozen):
             wave_loss=self.gemm.wave_loss.value,
             attention=self._attention_rates(),
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
+            whole_layer=1.0 if self.whole_layer_scale is None else self.whole_layer_scale.value,
         )
 
     def _attention_rates(self) -> AttentionRates:

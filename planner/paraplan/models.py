@@ -90,6 +90,15 @@ def resolve_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
     raise _unknown(spec)
 
 
+def model_of_config(config: dict[str, Any], name: str = "model") -> ModelSource:
+    """A model that is described by the content of a config.json.
+
+    Raises:
+        InputError: it does not describe a model.
+    """
+    return _from_config(config, name=name, spec=name, origin=name, trust_remote_code=False)
+
+
 def _looks_like_path(spec: str, path: Path) -> bool:
     if spec.startswith((".", "/", "~")) or spec.endswith(".json"):
         return True

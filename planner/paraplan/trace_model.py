@@ -62,7 +62,7 @@ def build_model(source: ModelSource, *, sequence_length: int, compute_dtype: str
     dtype = getattr(torch, compute_dtype)
     if source.kind == "callable":
         return _from_callable(source, dtype)
-    cls, config = _class_and_config(source)
+    cls, config = class_and_config(source)
     _check_length(source, config, sequence_length)
     register_with_transformers()
     try:
@@ -123,7 +123,7 @@ def _is_text(class_name: str) -> bool:
     return not class_name.endswith(_IMAGE)
 
 
-def _class_and_config(source: ModelSource) -> tuple[Any, Any]:
+def class_and_config(source: ModelSource) -> tuple[Any, Any]:
     """The model class with a loss, and the config as an instance of its class."""
     if source.trust_remote_code:
         return _remote(source)

@@ -1,0 +1,273 @@
+"""Closes the loop on this machine: profile it, plan, train, compare what was predicted.
+
+    python benchmarks/profile_loop.py --ranks 2 -o loop.json        # about 6 minutes
+    python benchmarks/profile_loop.py --ranks 4 --models llama --quick-only
+
+For each number of CPU processes the machine is profiled, in full and with ``--quick``; each model
+is planned with both profiles; the planned layouts and at least six others then train through the
+runtime. All layouts of a model live in the same processes and take turns, step by step, so that
+what else the machine does falls on all of them. Printed: the error of the planned layout's
+predicted step time, the rank correlation of all layouts, and the regret, which is how much slower
+the planned layout is than the fastest that was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paraplan import estimate, plan
+from paraplan.errors import PlanError
+from paraplan.plan_file import Plan, plan_from_json, plan_to_json
+from paraplan.profiling import Profile, profile_machine
+from paraplan.report import layout_words
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
+from rank_launch import run_ranks
+
+WARM_UP_STEPS = 2
+ROWS, LENGTH = 8, 128
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "vocab_size": 2048,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 320,
+    "n_head": 8,
+    "n_layer": 4,
+    "n_positions": 256,
+    "vocab_size": 2048,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+WIDE = LLAMA | {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+MODELS: dict[str, dict[str, Any]] = {"llama": LLAMA, "gpt2": GPT2, "wide": WIDE}
+OTHERS: dict[int, list[dict[str, Any]]] = {
+    2: [
+        {"data_replicate": 2, "micro_batch_size": 4},
+        {"data_shard": 2, "zero_stage": 1, "micro_batch_size": 2},
+        {"data_shard": 2, "zero_stage": 2, "micro_batch_size": 2},
+        {"data_shard": 2, "zero_stage": 3, "micro_batch_size": 4},
+        {"data_replicate": 2, "micro_batch_size": 1, "recompute": "full"},
+        {"tensor": 2, "micro_batch_size": 4},
+        {"pipeline": 2, "micro_batch_size": 1},
+        {"pipeline": 2, "micro_batch_size": 2},
+    ],
+    4: [
+        {"data_replicate": 4, "micro_batch_size": 2},
+        {"data_shard": 4, "zero_stage": 1, "micro_batch_size": 1},
+        {"data_shard": 4, "zero_stage": 3, "micro_batch_size": 2},
+        {"data_replicate": 2, "tensor": 2, "micro_batch_size": 4},
+        {"tensor": 4, "micro_batch_size": 8},
+        {"data_replicate": 2, "pipeline": 2, "micro_batch_size": 1},
+        {"pipeline": 4, "micro_batch_size": 1},
+    ],
+}
+
+
+def train(plans: Sequence[str], config: dict[str, Any], steps: int) -> list[list[float]]:
+    """Seconds of every timed step of each plan, in turns; on each rank."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from paraplan_runtime import parallelize
+
+    settings = AutoConfig.for_model(**config)
+    settings.use_cache = False
+    trained = []
+    for text in plans:
+        torch.manual_seed(0)
+        whole: Any = AutoModelForCausalLM.from_config(settings)
+        model = parallelize(whole.train(), plan_from_json(text), device_type="cpu")
+        trained.append((model, torch.optim.AdamW(model.parameters(), lr=1e-4)))
+    seconds: list[list[float]] = [[] for _ in plans]
+    draw = torch.Generator().manual_seed(1)
+    for number in range(-WARM_UP_STEPS, steps):
+        ids = torch.randint(settings.vocab_size, (ROWS, LENGTH), generator=draw)
+        for index, (model, optimizer) in enumerate(trained):
+            dist.barrier()
+            began = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            dist.barrier()
+            if number >= 0:
+                seconds[index].append(time.perf_counter() - began)
+    return seconds
+
+
+def candidates(folder: Path, cluster: Path, ranks: int) -> tuple[Plan, list[Plan]]:
+    """The planned layout, and others that are possible for this model."""
+    question: dict[str, Any] = {
+        "cluster": str(cluster),
+        "gpus": ranks,
+        "seq_len": LENGTH,
+        "global_batch": ROWS,
+        "precision": "fp32",
+    }
+    best = plan(str(folder), **question)
+    others = []
+    for fix in OTHERS[ranks]:
+        try:
+            other = estimate(str(folder), fix=fix, **question)
+        except PlanError as error:
+            print(f"left out {fix}: {error}", file=sys.stderr)
+            continue
+        others.append(other)
+    return best, others
+
+
+def compare(
+    name: str, ranks: int, profiles: dict[str, Path], folder: Path, steps: int
+) -> dict[str, Any]:
+    """One model on so many processes: every layout, predicted and measured."""
+    (folder / "config.json").write_text(json.dumps(MODELS[name]))
+    found = {kind: candidates(folder, path, ranks) for kind, path in profiles.items()}
+    first = next(iter(found))
+    plans = {kind: best for kind, (best, _) in found.items()}
+    runs = {one.layout: one for _, (best, others) in found.items() for one in (best, *others)}
+    texts = [plan_to_json(one) for one in runs.values()]
+    took = run_ranks(ranks, train, texts, MODELS[name], steps, limit_seconds=480)[0]
+    measured = {layout: median(seconds) for layout, seconds in zip(runs, took, strict=True)}
+    spreads = {layout: (max(s) - min(s)) / median(s) for layout, s in zip(runs, took, strict=True)}
+    predicted = {
+        one.layout: one.prediction.step_seconds for one in (found[first][0], *found[first][1])
+    }
+    fastest = min(measured.values())
+    return {
+        "model": name,
+        "ranks": ranks,
+        "layouts": [
+            {
+                "layout": layout_words(layout),
+                "predicted_seconds": predicted.get(layout),
+                "measured_seconds": measured[layout],
+                "spread": spreads[layout],
+            }
+            for layout in runs
+        ],
+        "rank_correlation": spearman(
+            list(predicted.values()), [measured[layout] for layout in predicted]
+        ),
+        "plans": {
+            kind: {
+                "layout": layout_words(best.layout),
+                "predicted_seconds": best.prediction.step_seconds,
+                "measured_seconds": measured[best.layout],
+                "error": best.prediction.step_seconds / measured[best.layout] - 1,
+                "regret": measured[best.layout] / fastest - 1,
+            }
+            for kind, best in plans.items()
+        },
+    }
+
+
+def spearman(some: Sequence[float], others: Sequence[float]) -> float:
+    """Rank correlation; equal values do not occur in measured seconds."""
+
+    def ranks(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+
+    return float(torch.corrcoef(torch.stack([ranks(some), ranks(others)]))[0, 1])
+
+
+def profile_into(folder: Path, ranks: int, kinds: Sequence[str]) -> dict[str, tuple[Path, Profile]]:
+    """Profile this machine; the files by kind of profile."""
+    made = {}
+    for kind in kinds:
+        found = profile_machine("cpu", ranks, quick=kind == "quick")
+        path = folder / f"{kind}-{ranks}.json"
+        path.write_text(found.cluster.model_dump_json(exclude_none=True))
+        made[kind] = (path, found)
+    return made
+
+
+def show(result: dict[str, Any]) -> None:
+    """One model as a table."""
+    print(f"\n{result['model']} on {result['ranks']} processes", flush=True)
+    for row in sorted(result["layouts"], key=lambda row: float(row["measured_seconds"])):
+        told = row["predicted_seconds"]
+        shown = "" if told is None else f"{told:7.3f} s {told / row['measured_seconds'] - 1:+7.1%}"
+        print(
+            f"{row['layout'][:58]:58s} {row['measured_seconds']:7.3f} s "
+            f"(spread {row['spread']:4.0%}) {shown}"
+        )
+    for kind, planned in result["plans"].items():
+        print(
+            f"{kind}: error {planned['error']:+.1%}, regret {planned['regret']:.1%}, "
+            f"planned {planned['layout']}"
+        )
+    print(f"rank correlation {result['rank_correlation']:.2f}", flush=True)
+
+
+def main() -> None:
+    """Profile, plan, train, compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], choices=sorted(OTHERS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--quick-only", action="store_true", help="leave the full profile out")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    kinds = ["quick"] if arguments.quick_only else ["full", "quick"]
+    results: list[dict[str, Any]] = []
+    profiles_told: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for ranks in arguments.ranks:
+            made = profile_into(folder, ranks, kinds)
+            for kind, (_, found) in made.items():
+                told = {
+                    "kind": kind,
+                    "ranks": ranks,
+                    "seconds": found.seconds,
+                    "spread": found.spread,
+                    "test_error": found.test_error,
+                    "layers": [
+                        {"fitted": one.task.fitted, "error": one.error} for one in found.layers
+                    ],
+                }
+                profiles_told.append(told)
+                print(told, flush=True)
+            paths = {kind: path for kind, (path, _) in made.items()}
+            for name in arguments.models:
+                results.append(compare(name, ranks, paths, folder, arguments.steps))
+                show(results[-1])
+                if arguments.output:
+                    content = {"profiles": profiles_told, "models": results}
+                    arguments.output.write_text(json.dumps(content, indent=1))
+    errors = [abs(p["error"]) for r in results for p in r["plans"].values()]
+    regrets = [p["regret"] for r in results for p in r["plans"].values()]
+    print(
+        f"\nplanned layouts: median error {median(errors):.1%}, median regret {median(regrets):.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""How long one call takes on a device: medians of batches of calls, on every rank at once.
+
+A batch is many calls in a row, timed together: on a GPU between two events on the device, behind
+a pause that lets the host launch ahead; on a CPU by the wall clock. All ranks run the same batches
+at the same time, because ranks that compute together share power, caches, memory bandwidth and,
+where there are more processes than cores, the cores. The time of a call is the median of its
+batches, the mean over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+Call = Callable[[], Any]
+
+PAUSE_CYCLES = 2_000_000  # about a millisecond of a GPU's clock, to launch 100 calls meanwhile
+MOST_CALLS = 100  # of a batch on a GPU: more would fill the launch queue during the pause
+CACHES = 2.5
+"""Inputs are rotated over so many times the last-level cache, so that none is found in it."""
+
+
+class Timing(NamedTuple):
+    """Seconds of one call, and (90th - 10th percentile) / median of its batches."""
+
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times calls on this rank's device, together with all other ranks.
+
+    Attributes:
+        device: that the calls run on.
+        batch_seconds: shortest batch. Where processes share cores it has to span many of the
+            scheduler's turns.
+        batches: timed after the first, which warms up.
+        group: gloo group over which ranks agree; None for a single rank.
+    """
+
+    device: torch.device
+    batch_seconds: float
+    batches: int
+    group: dist.ProcessGroup | None = None
+
+    def time(self, calls: Sequence[Call]) -> Timing:
+        """Time calls that do the same with different inputs, in turn."""
+        self.synchronize()
+        # Ranks must make the same calls as often: a collective waits for all of them.
+        once = self._slowest(self._elapsed(calls, 1))
+        if once < self.batch_seconds:
+            once = self._slowest(self._elapsed(calls, 1))
+        count = max(1, math.ceil(self.batch_seconds / max(once, 1e-7)))
+        if self.device.type == "cuda":
+            count = min(count, MOST_CALLS)
+        batches = self.batches if once < 10 * self.batch_seconds else max(2, self.batches // 3)
+        self._elapsed(calls, min(count, len(calls) + 1))
+        self.wait_for_all()
+        seconds = [self._elapsed(calls, count) / count for _ in range(batches)]
+        return self._together(summary(seconds))
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def wait_for_all(self) -> None:
+        """Wait for the other ranks."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def _elapsed(self, calls: Sequence[Call], count: int) -> float:
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            for i in range(count):
+                calls[i % len(calls)]()
+            return time.perf_counter() - began
+        cuda: Any = torch.cuda  # its events and its pause carry no types
+        began_event, ended = (cuda.Event(enable_timing=True) for _ in range(2))
+        cuda._sleep(PAUSE_CYCLES)
+        began_event.record()
+        for i in range(count):
+            calls[i % len(calls)]()
+        ended.record()
+        ended.synchronize()
+        return float(began_event.elapsed_time(ended)) / 1e3
+
+    def _slowest(self, seconds: float) -> float:
+        if self.group is None:
+            return seconds
+        value = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return float(value)
+
+    def _together(self, timing: Timing) -> Timing:
+        if self.group is None:
+            return timing
+        values = torch.tensor(timing, dtype=torch.float64)
+        dist.all_reduce(values, group=self.group)
+        mean = values / dist.get_world_size(self.group)
+        return Timing(float(mean[0]), float(mean[1]))
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and spread."""
+    values = torch.tensor(list(seconds), dtype=torch.float64)
+    tenth, half, ninetieth = values.quantile(
+        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    ).tolist()
+    return Timing(half, (ninetieth - tenth) / half)
+
+
+def copies_beyond_cache(device: torch.device, bytes_of_one: int, most: int) -> int:
+    """How many inputs of that size do not fit the last-level cache together; at most ``most``."""
+    return max(1, min(most, math.ceil(CACHES * cache_bytes(device) / max(bytes_of_one, 1))))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache in front of the device's memory."""
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)
+        return int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
+    return _host_cache_bytes()
+
+
+def _host_cache_bytes() -> int:
+    """Of the first core; 32 MiB where the system does not say."""
+    from pathlib import Path
+
+    sizes = [32 * 2**20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 2**10, "M": 2**20}.get(text[-1:])
+        if unit and text[:-1].isdecimal():
+            sizes.append(int(text[:-1]) * unit)
+    return max(sizes[1:], default=sizes[0])

@@ -1,0 +1,256 @@
+"""Measures one task on this rank's device, together with all other ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paraplan.measure_calls import RecordedCall, replay
+from paraplan.measure_clock import Clock, Timing, copies_beyond_cache, summary
+from paraplan.models import model_of_config
+from paraplan.profile_tasks import (
+    AttentionTask,
+    GemmTask,
+    LayerTask,
+    LinkTask,
+    RateTask,
+    Task,
+)
+from paraplan.trace_model import class_and_config, quiet_transformers
+
+MOST_COPIES = 16
+MOST_LAYER_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What measurements need.
+
+    Attributes:
+        links: groups of ranks by size, each with this rank in it.
+    """
+
+    clock: Clock
+    links: dict[int, dist.ProcessGroup] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where things are computed."""
+        return self.clock.device
+
+
+def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
+    """Seconds of one call of what the task describes; a collective of all ranks."""
+    if isinstance(task, RecordedCall):
+        copies = copies_beyond_cache(bench.device, task.operand_bytes, MOST_COPIES)
+        return bench.clock.time([replay(task, bench.device) for _ in range(copies)])
+    if isinstance(task, GemmTask):
+        return _gemm(task, bench)
+    if isinstance(task, AttentionTask):
+        return _attention(task, bench)
+    if isinstance(task, LinkTask):
+        return _link(task, bench)
+    if isinstance(task, LayerTask):
+        return _layer(task, bench)
+    return _rate(task, bench)
+
+
+def _gemm(task: GemmTask, bench: Bench) -> Timing:
+    """The mean of a forward (x w^T) and its two gradients (g w, g^T x) at these sizes.
+
+    A layer runs one of each, and which of them a shape belongs to is not known when it is asked.
+    """
+    m, n, k = task.m, task.n, task.k
+    dtype = getattr(torch, task.dtype)
+
+    def matrix(rows: int, columns: int, turned: bool) -> torch.Tensor:
+        shape = (columns, rows) if turned else (rows, columns)
+        made = torch.randn(task.batch, *shape, device=bench.device).to(dtype)
+        made = made.transpose(1, 2) if turned else made
+        return made[0] if task.batch == 1 else made
+
+    product = torch.mm if task.batch == 1 else torch.bmm
+    size = task.batch * (m * k + k * n + m * n) * dtype.itemsize
+    copies = copies_beyond_cache(bench.device, size, MOST_COPIES)
+    timings = []
+    for left, right in ((False, True), (False, False), (True, False)):
+        operands = [(matrix(m, k, left), matrix(k, n, right)) for _ in range(copies)]
+        timings.append(bench.clock.time([partial(product, *pair) for pair in operands]))
+    return _mean(timings)
+
+
+def _mean(timings: list[Timing]) -> Timing:
+    seconds = sum(timing.seconds for timing in timings) / len(timings)
+    return Timing(seconds, max(timing.spread for timing in timings))
+
+
+def _attention(task: AttentionTask, bench: Bench) -> Timing:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+    batch, heads, kv_heads, queries, keys, size, value_size = task.dims
+    dtype = getattr(torch, task.dtype)
+
+    def made(length: int, count: int, width: int) -> torch.Tensor:
+        values = torch.randn(batch, length, count, width, device=bench.device).to(dtype)
+        return values.transpose(1, 2).requires_grad_()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=task.causal, enable_gqa=kv_heads != heads
+        )
+
+    one = batch * heads * (queries + keys) * (size + value_size) * dtype.itemsize
+    operands = [
+        (made(queries, heads, size), made(keys, kv_heads, size), made(keys, kv_heads, value_size))
+        for _ in range(copies_beyond_cache(bench.device, one, 4))
+    ]
+    chosen: Any = nullcontext()
+    if task.implementation != "default":
+        chosen = sdpa_kernel(backends[task.implementation])
+    with chosen:
+        if task.phase == "forward":
+            return bench.clock.time([partial(attend, *o) for o in operands])
+        outputs = [attend(*o) for o in operands]
+        gradient = torch.randn(batch, queries, heads, value_size, device=bench.device).to(dtype)
+        gradient = gradient.transpose(1, 2)
+
+        def backward(index: int) -> Callable[[], Any]:
+            return lambda: torch.autograd.grad(
+                outputs[index], operands[index], gradient, retain_graph=True
+            )
+
+        return bench.clock.time([backward(i) for i in range(len(outputs))])
+
+
+def _link(task: LinkTask, bench: Bench) -> Timing:
+    group = bench.links[task.ranks]
+    elements = max(task.ranks, task.message_bytes // 4 // task.ranks * task.ranks)
+    whole = torch.randn(elements, device=bench.device)
+    part = torch.randn(elements // task.ranks, device=bench.device)
+    if task.kind == "transfer":
+        return _transfer(whole, group, bench)
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "all_gather": lambda: _all_gather(whole, part, group=group),
+        "reduce_scatter": lambda: _reduce_scatter(part, whole, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(whole, whole.clone(), group=group),
+    }
+    return bench.clock.time([calls[task.kind]])
+
+
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renamed them
+
+
+def _transfer(message: torch.Tensor, group: dist.ProcessGroup, bench: Bench) -> Timing:
+    """Half of there and back between the two ranks of each pair."""
+    other = 1 - dist.get_rank(group)
+
+    def there_and_back() -> None:
+        if other:
+            dist.send(message, group=group, group_dst=other)
+            dist.recv(message, group=group, group_src=other)
+        else:
+            dist.recv(message, group=group, group_src=other)
+            dist.send(message, group=group, group_dst=other)
+
+    timing = bench.clock.time([there_and_back])
+    return Timing(timing.seconds / 2, timing.spread)
+
+
+def _layer(task: LayerTask, bench: Bench) -> Timing:
+    """Forward and backward of the first layer with what the model hands it."""
+    source = model_of_config(json.loads(task.config))
+    with quiet_transformers():
+        cls, config = class_and_config(source)
+        config.use_cache = False
+        dtype = getattr(torch, task.dtype)
+        with bench.device:
+            model = cls._from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    base = model.base_model
+    layer = (base.layers if hasattr(base, "layers") else base.h)[0]
+    given: dict[str, Any] = {}
+
+    def keep(_: Any, args: Any, kwargs: Any) -> None:
+        given.update(args=_detached(args), kwargs=_detached(kwargs))
+
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    shape = (task.sequences, task.sequence_length)
+    ids = torch.randint(config.vocab_size, shape, device=bench.device)
+    model(input_ids=ids)
+    handle.remove()
+    parameters = list(layer.parameters())
+    size = 8 * given["args"][0].nbytes
+    copies = copies_beyond_cache(bench.device, size, MOST_LAYER_COPIES)
+    hidden = [torch.randn_like(given["args"][0]).requires_grad_() for _ in range(copies)]
+    gradient = torch.randn_like(hidden[0])
+
+    def step(source: torch.Tensor) -> None:
+        made = layer(source, *given["args"][1:], **given["kwargs"])
+        output = made[0] if isinstance(made, tuple) else made
+        torch.autograd.grad(output, [source, *parameters], gradient)
+
+    return bench.clock.time([partial(step, one) for one in hidden])
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_detached(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _detached(v) for k, v in value.items()}
+    return value
+
+
+def _rate(task: RateTask, bench: Bench) -> Timing:
+    device, size = bench.device, task.size_bytes
+    if task.what == "optimizer":
+        return _optimizer(size, bench)
+    if task.what in ("host_to_device", "device_to_host"):
+        host = torch.empty(size // 4).pin_memory()
+        far = torch.empty(size // 4, device=device)
+        to, source = (far, host) if task.what == "host_to_device" else (host, far)
+        return bench.clock.time([lambda: to.copy_(source, non_blocking=True)])
+    small = torch.randn(size // 8, device=device)
+    if task.what == "floor":
+        return bench.clock.time([lambda: small.add(1.0)])
+    return _launch(small, bench)
+
+
+def _launch(small: torch.Tensor, bench: Bench) -> Timing:
+    """Host time of an eager call: from first to last of a row while the device lies behind."""
+    import time
+
+    seconds = []
+    for _ in range(bench.clock.batches + 1):
+        bench.clock.synchronize()
+        began = time.perf_counter()
+        for _ in range(100):
+            small.add(1.0)
+        seconds.append((time.perf_counter() - began) / 100)
+    return summary(seconds[1:])
+
+
+def _optimizer(size: int, bench: Bench) -> Timing:
+    """AdamW over parameters of several sizes; fused on GPUs, torch's default elsewhere."""
+    elements = size // 28  # gradient read; parameter and two states read and written, fp32
+    shares = (0.4, 0.2, 0.2, 0.1, 0.1)
+    parameters = [
+        torch.nn.Parameter(torch.randn(int(share * elements), device=bench.device))
+        for share in shares
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    fused = True if bench.device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
+    return bench.clock.time([optimizer.step])

@@ -1,0 +1,240 @@
+"""Starts one process for each device and lets them measure tasks together."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from paraplan.errors import InputError
+from paraplan.measure_calls import RecordedCall
+from paraplan.measure_clock import Clock, Timing
+from paraplan.measure_ops import Bench, measure
+from paraplan.profile_tasks import Task
+
+CORE_SHARE_SECONDS = 0.06
+"""Batches where processes share cores: many of the scheduler's turns of 3 to 4 ms."""
+
+PRELOADED = [
+    "paraplan.measure_ranks",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+]
+"""What ranks need, imported once for all of them."""
+
+_END_SECONDS = 20.0
+
+
+class Facts(NamedTuple):
+    """What is known of a device without timing anything.
+
+    Attributes:
+        capacity_bytes, free_bytes: of one rank's memory.
+        framework_bytes: held by a process that has done nothing yet but start the device.
+    """
+
+    device_name: str
+    driver: str
+    clocks: str
+    capacity_bytes: int
+    free_bytes: int
+    framework_bytes: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """How the ranks measure."""
+
+    kind: str
+    ranks: int
+    quick: bool
+    threads: int
+
+
+Report = Callable[[str, Timing], None]
+"""Called with a task's key and its timing as soon as there is one."""
+
+
+def measure_on_ranks(
+    tasks: Sequence[Task | RecordedCall], settings: RankSettings, report: Report
+) -> Facts:
+    """Measure the tasks on all devices at once.
+
+    Raises:
+        InputError: a rank failed; with its own message.
+    """
+    # Ranks are forked from a process that has done the imports and nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    here, there = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="paraplan-") as folder:
+        processes = [
+            context.Process(
+                target=_rank, args=(rank, settings, tuple(tasks), folder, there), daemon=True
+            )
+            for rank in range(settings.ranks)
+        ]
+        for process in processes:
+            process.start()
+        there.close()
+        try:
+            return _listen(here, report)
+        finally:
+            for process in processes:
+                process.join(_END_SECONDS)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _listen(here: Connection, report: Report) -> Facts:
+    facts: Facts | None = None
+    while True:
+        try:
+            message = here.recv()
+        except EOFError:
+            raise InputError("a process that measures ended without saying why") from None
+        if message == "done":
+            assert facts is not None
+            return facts
+        if isinstance(message, Facts):
+            facts = message
+        elif isinstance(message, str):
+            raise InputError(f"measuring failed: {message}")
+        else:
+            report(*message)
+
+
+def key_of(task: Task | RecordedCall) -> str:
+    """Names a task's result."""
+    return repr(task)
+
+
+def _rank(
+    rank: int,
+    settings: RankSettings,
+    tasks: tuple[Task | RecordedCall, ...],
+    folder: str,
+    there: Connection,
+) -> None:
+    try:
+        bench = _join(rank, settings, folder)
+        if rank == 0:
+            there.send(_facts(bench.device, settings.ranks))
+        for task in tasks:
+            timing = measure(task, bench)
+            if rank == 0:
+                there.send((key_of(task), timing))
+        bench.clock.wait_for_all()
+        if rank == 0:
+            there.send("done")
+    except Exception as error:
+        there.send(f"{type(error).__name__}: {error}; {traceback.format_exc()[-600:]}")
+        os._exit(1)  # the others wait in a collective: whoever reads the message ends them
+
+
+def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(rank)
+    shared = settings.ranks * settings.threads > _cores()
+    seconds = CORE_SHARE_SECONDS if settings.kind == "cpu" and shared else 0.004
+    device = torch.device("cuda", rank) if settings.kind == "cuda" else torch.device("cpu")
+    if settings.kind == "cuda":
+        torch.cuda.set_device(device)
+    agree = None
+    links: dict[int, dist.ProcessGroup] = {}
+    if settings.ranks > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if settings.kind == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=settings.ranks,
+            timeout=timedelta(seconds=120),
+        )
+        agree = dist.new_group(backend="gloo")
+        sizes = [n for n in range(2, settings.ranks + 1) if settings.ranks % n == 0]
+        links = {n: _group(rank, n, settings.ranks) for n in sizes}
+    batches = 4 if settings.quick else 9
+    return Bench(Clock(device, seconds, batches, agree), links)
+
+
+def _group(rank: int, size: int, ranks: int) -> Any:
+    """The group of ``size`` neighbours that this rank is in; all ranks make all groups."""
+    mine = None
+    for first in range(0, ranks - size + 1, size):
+        group = dist.new_group(list(range(first, first + size)))
+        if first <= rank < first + size:
+            mine = group
+    return mine
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _facts(device: torch.device, ranks: int) -> Facts:
+    if device.type == "cuda":
+        return _gpu_facts(device)
+    held = _status_bytes("/proc/self/status", "VmRSS")
+    free = _status_bytes("/proc/meminfo", "MemAvailable")
+    return Facts(
+        device_name=_processor(),
+        driver="none",
+        clocks="not fixed",
+        capacity_bytes=free // ranks + held,
+        free_bytes=free // ranks,
+        framework_bytes=held,
+        multiprocessors=torch.get_num_threads(),
+    )
+
+
+def _gpu_facts(device: torch.device) -> Facts:
+    torch.ones(1024, 1024, device=device).mm(torch.ones(1024, 1024, device=device))
+    torch.cuda.synchronize(device)
+    free, whole = torch.cuda.mem_get_info(device)
+    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        clocks = f"{torch.cuda.clock_rate(device)} MHz while measured"
+    except Exception as error:  # needs pynvml or amdsmi
+        clocks = f"unknown ({type(error).__name__})"
+    return Facts(
+        device_name=properties.name,
+        driver=f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}",
+        clocks=clocks,
+        capacity_bytes=whole,
+        free_bytes=free,
+        framework_bytes=whole - free - torch.cuda.memory_reserved(device),
+        multiprocessors=properties.multi_processor_count,
+    )
+
+
+def _status_bytes(path: str, name: str) -> int:
+    """A line ``Name:  123 kB`` of a file of /proc; 0 where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,270 @@
+"""From timings to a cluster profile: measured figures in place of a base profile's.
+
+What could not be measured here keeps the base's figure, and says what that rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+from paraplan.block_cost import block_compute
+from paraplan.cluster import Cluster
+from paraplan.device import Device
+from paraplan.graph import ModelGraph, attention_pairs
+from paraplan.layout import Layout
+from paraplan.op_table import Dtype, MeasuredOp
+from paraplan.profile_tasks import AttentionTask, GemmTask, LayerTask, LinkTask, RateTask
+
+
+class Seconds(NamedTuple):
+    """Of one call, and the spread of its batches."""
+
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCall:
+    """A memory-bound call of a model, timed.
+
+    Attributes:
+        count: how often the model makes it.
+    """
+
+    name: str
+    dtype: Dtype
+    size_bytes: int
+    count: int
+    timing: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Everything that was timed on one machine, and where.
+
+    Attributes:
+        tasks: timings of the tasks.
+        where: one line for the figures' sources: device, software, date.
+        facts: figures that are read, not timed, by the field of `Device`.
+    """
+
+    tasks: Mapping[Any, Seconds]
+    calls: Sequence[MemoryCall]
+    where: str
+    facts: Mapping[str, float]
+    ranks: int
+    dtype: Dtype
+
+    def of(self, kind: type) -> list[tuple[Any, Seconds]]:
+        """The tasks of one kind."""
+        return [(task, timing) for task, timing in self.tasks.items() if isinstance(task, kind)]
+
+    def rate(self, what: str) -> tuple[float, Seconds] | None:
+        """Bytes and timing of a `RateTask`."""
+        found = [(t.size_bytes, s) for t, s in self.of(RateTask) if t.what == what]
+        return found[0] if found else None
+
+
+def measured_ops(made: Measurements) -> tuple[MeasuredOp, ...]:
+    """The timed ops as the profile keeps them.
+
+    Calls of one name and size that differ in their strides are one op to the cost model: their
+    mean, weighted by how often a model makes each.
+    """
+    ops = [
+        MeasuredOp(
+            kind="gemm",
+            dtype=task.dtype,
+            dims=(task.batch, task.m, task.n, task.k),
+            seconds=timing.seconds,
+            spread=timing.spread,
+        )
+        for task, timing in made.of(GemmTask)
+    ]
+    ops += [
+        MeasuredOp(
+            kind="attention",
+            dtype=task.dtype,
+            dims=task.dims,
+            causal=task.causal,
+            phase=task.phase,
+            seconds=timing.seconds,
+            spread=timing.spread,
+        )
+        for task, timing in made.of(AttentionTask)
+        if task.implementation == "default"
+    ]
+    alike: dict[tuple[str, Dtype, int], list[MemoryCall]] = {}
+    for call in made.calls:
+        alike.setdefault((call.name, call.dtype, call.size_bytes), []).append(call)
+    for (name, dtype, size), calls in sorted(alike.items()):
+        count = sum(call.count for call in calls)
+        ops.append(
+            MeasuredOp(
+                kind="memory",
+                dtype=dtype,
+                name=name,
+                size_bytes=size,
+                seconds=sum(c.count * c.timing.seconds for c in calls) / count,
+                spread=max(call.timing.spread for call in calls),
+            )
+        )
+    return tuple(ops)
+
+
+def measured_cluster(base: Cluster, made: Measurements) -> Cluster:
+    """The base profile with everything that was measured in it."""
+    content = base.model_dump(mode="json", exclude_none=True)
+    group = content["node_groups"][0]
+    _device(group["device"], made)
+    if made.ranks > 1:
+        _link(group["link_inside"], made)
+        group["devices_per_node"] = made.ranks
+    group["count"] = 1
+    content["name"] = f"{base.name}-measured"
+    content["description"] = made.where
+    return Cluster.model_validate(content)
+
+
+def _figure(value: float, made: Measurements, what: str) -> dict[str, Any]:
+    return {"value": value, "basis": "measured", "source": f"{what}; {made.where}"}
+
+
+def _device(device: dict[str, Any], made: Measurements) -> None:
+    device["description"] = made.where
+    for field, value in made.facts.items():
+        device[field] = _figure(value, made, "read from the system")
+    _rates_of_products(device, made)
+    _rates_of_memory(device, made)
+    _rates_of_attention(device, made)
+    floor, launch = made.rate("floor"), made.rate("launch")
+    if floor is not None:
+        device["kernel_floor_seconds"] = _figure(floor[1].seconds, made, "adding 2 KiB")
+    if launch is not None:
+        what = "eager calls in a row, the device behind"
+        device["host_launch_seconds"] = _figure(launch[1].seconds, made, what)
+    device["ops"] = [op.model_dump(mode="json", exclude_defaults=True) for op in measured_ops(made)]
+
+
+def _rates_of_products(device: dict[str, Any], made: Measurements) -> None:
+    best: dict[str, float] = {}
+    for task, timing in made.of(GemmTask):
+        rate = 2.0 * task.batch * task.m * task.n * task.k / timing.seconds
+        best[task.dtype] = max(rate, best.get(task.dtype, 0.0))
+    for dtype, rate in best.items():
+        peak = device["peak_flops_per_second"].get(dtype)
+        if peak is None or device["kind"] == "cpu" or peak["value"] < rate:
+            device["peak_flops_per_second"][dtype] = peak = _figure(rate, made, "fastest product")
+        share = _figure(rate / peak["value"], made, "fastest product over the peak")
+        device["gemm"]["efficiency"][dtype] = share
+        device["gemm"].get("sustained", {}).pop(dtype, None)  # the scale of whole layers says it
+
+
+def _rates_of_memory(device: dict[str, Any], made: Measurements) -> None:
+    rates = sorted((call.size_bytes, call.size_bytes / call.timing.seconds) for call in made.calls)
+    optimizer = made.rate("optimizer")
+    if not rates or optimizer is None:
+        return
+    update = optimizer[0] / optimizer[1].seconds
+    name = "memory_bandwidth_bytes_per_second"
+    fastest = max(update, *(rate for _, rate in rates))
+    if device["kind"] == "cpu" or fastest > device[name]["value"]:
+        device[name] = _figure(fastest, made, "fastest memory-bound call, caches included")
+    peak = device[name]["value"]
+    large = [rate for size, rate in rates if size >= rates[-1][0] / 8]
+    device["memory_efficiency"] = _figure(median(large) / peak, made, "median of large calls")
+    device["optimizer_efficiency"] = _figure(update / peak, made, "AdamW")
+
+
+def _rates_of_attention(device: dict[str, Any], made: Measurements) -> None:
+    """Of each head size the rate at the longest length, by what computes it."""
+    longest: dict[tuple[str, int, str], tuple[int, float]] = {}
+    for task, timing in made.of(AttentionTask):
+        batch, heads, _, queries, keys, size, value_size = task.dims
+        pairs = attention_pairs(queries, keys, causal=task.causal, window=None)
+        scale = 2.0 if task.phase == "forward" else 5.0
+        rate = scale * batch * heads * pairs * (size + value_size) / timing.seconds
+        name = (task.implementation, size, task.phase)
+        if keys >= longest.get(name, (0, 0.0))[0] and (not task.causal or name not in longest):
+            longest[name] = (keys, rate)
+    peak = device["peak_flops_per_second"][made.dtype]["value"]
+    kept = dict(device["attention"][0])
+    found = []
+    for kind in dict.fromkeys(name[0] for name in longest):
+        sizes = sorted({size for k, size, _ in longest if k == kind})
+        rates = [
+            {
+                "head_size": size,
+                **{
+                    f"{phase}_efficiency": _figure(
+                        min(1.0, longest[kind, size, phase][1] / peak), made, "longest measured"
+                    )
+                    for phase in ("forward", "backward")
+                },
+            }
+            for size in sizes
+        ]
+        label = "torch's pick" if kind == "default" else kind
+        found.append(kept | {"implementation": label, "rates": rates})
+    if found:
+        device["attention"] = found
+
+
+def _link(link: dict[str, Any], made: Measurements) -> None:
+    tasks = made.of(LinkTask)
+    link["measured"] = [
+        {
+            "kind": task.kind,
+            "ranks": task.ranks,
+            "message_bytes": task.message_bytes,
+            "seconds": timing.seconds,
+            "spread": timing.spread,
+        }
+        for task, timing in tasks
+    ]
+    moved = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+    largest = max(task.message_bytes for task, _ in tasks)
+    rates: dict[str, list[float]] = {}
+    for task, timing in tasks:
+        share = moved.get(task.kind, 1.0)
+        share *= 1.0 if task.kind == "transfer" else (task.ranks - 1) / task.ranks
+        if task.message_bytes == largest and task.ranks in (2, made.ranks):
+            rates.setdefault(task.kind, []).append(share * largest / timing.seconds)
+    ring = [r for kind in ("all_reduce", "all_gather", "reduce_scatter") for r in rates[kind]]
+    best = max(max(values) for values in rates.values())
+    name = "bandwidth_bytes_per_second"
+    if link[name]["basis"] != "datasheet" or best > link[name]["value"]:
+        link[name] = _figure(best, made, "fastest long message")
+    peak = link[name]["value"]
+    link["efficiency"] = _figure(median(ring) / peak, made, "longest collectives")
+    for kind, field in (
+        ("all_to_all", "all_to_all_efficiency"),
+        ("transfer", "transfer_efficiency"),
+    ):
+        if kind in rates:
+            link[field] = _figure(median(rates[kind]) / peak, made, "longest messages")
+    shortest = min(task.message_bytes for task, _ in tasks)
+    starts = [s.seconds for t, s in tasks if t.message_bytes == shortest and t.ranks == 2]
+    if starts:
+        what = "shortest messages between two ranks, latency included"
+        link["start_seconds"] = _figure(median(starts), made, what)
+
+
+def predicted_layer_seconds(graph: ModelGraph, task: LayerTask, cluster: Cluster) -> float:
+    """Forward and backward of the model's one layer."""
+    name = next(name for name, block in graph.blocks.items() if block.role == "layer")
+    layout = Layout(micro_batch_size=task.sequences)
+    device: Device = cluster.device
+    cost = block_compute(graph.blocks[name], layout, device=device, cluster=cluster)
+    return cost.forward.total + cost.backward.total
+
+
+def with_scale(cluster: Cluster, scale: float, made: Measurements, layers: int) -> Cluster:
+    """The cluster with the scale of whole layers set."""
+    content = cluster.model_dump(mode="json", exclude_none=True)
+    figure = _figure(scale, made, f"median of {layers} whole layers over their ops alone")
+    content["node_groups"][0]["device"]["whole_layer_scale"] = figure
+    return Cluster.model_validate(content)

@@ -1,0 +1,243 @@
+"""What `plan profile` measures, as plain data: each task is one figure.
+
+The grids are chosen for interpolation in log space: rates of matrix products change slowly
+between sizes a factor of four apart (`op_table`), and neither grid holds a size that the layers of
+the profiler's own test use.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+from paraplan.op_table import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTask:
+    """Products of (m, k) by (k, n) as a forward and both gradients lay their operands out."""
+
+    dtype: Dtype
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTask:
+    """Fused attention; ``implementation`` is what computes it, ``default`` what torch picks."""
+
+    dtype: Dtype
+    dims: tuple[int, int, int, int, int, int, int]
+    causal: bool
+    phase: Literal["forward", "backward"]
+    implementation: Literal["default", "flash", "math"] = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTask:
+    """A collective of groups of ``ranks``, all groups at once, or a transfer between neighbours."""
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "transfer"]
+    ranks: int
+    message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTask:
+    """Forward and backward of one layer of a small model, as training runs it.
+
+    Attributes:
+        config: the model's config as JSON.
+        fitted: the scale is fitted to it; otherwise it tests the profile.
+    """
+
+    config: str
+    dtype: Dtype
+    sequence_length: int
+    sequences: int
+    fitted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RateTask:
+    """One figure of the device: bytes per second, or seconds of one call."""
+
+    what: Literal["optimizer", "launch", "floor", "host_to_device", "device_to_host"]
+    size_bytes: int
+
+
+Task = GemmTask | AttentionTask | LinkTask | LayerTask | RateTask
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How much is measured.
+
+    Attributes:
+        kind: of the devices.
+        ranks: that compute at once.
+        dtype: the one that training computes in.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    ranks: int
+    quick: bool
+    dtype: Dtype
+
+
+CPU_AXIS, CPU_QUICK = (32, 128, 512, 2048), (64, 256, 1024)
+GPU_AXIS, GPU_QUICK = (64, 256, 1024, 2048, 4096, 8192, 16384), (128, 1024, 4096, 16384)
+
+
+def make_tasks(scope: Scope) -> list[Task]:
+    """Everything to measure but the recorded calls, the cheapest first."""
+    tasks: list[Task] = [RateTask("floor", 4096), RateTask("optimizer", _optimizer_bytes(scope))]
+    if scope.kind == "cuda":
+        tasks += [RateTask("launch", 4096)]
+        tasks += [RateTask("host_to_device", 2**28), RateTask("device_to_host", 2**28)]
+    axis = _axis(scope)
+    tasks += [GemmTask(scope.dtype, m, n, k) for m, n, k in product(axis, repeat=3)]
+    other: Dtype = "float32" if scope.kind == "cuda" else "bfloat16"
+    size = 4096 if scope.kind == "cuda" else 256
+    tasks.append(GemmTask(other, size, size, size))
+    tasks += _attention_tasks(scope)
+    tasks += _link_tasks(scope)
+    tasks += _layer_tasks(scope)
+    return tasks
+
+
+def _axis(scope: Scope) -> tuple[int, ...]:
+    if scope.kind == "cuda":
+        return GPU_QUICK if scope.quick else GPU_AXIS
+    return CPU_QUICK if scope.quick else CPU_AXIS
+
+
+def _optimizer_bytes(scope: Scope) -> int:
+    return 28 * (10**8 if scope.kind == "cuda" else 4 * 10**6)
+
+
+def _attention_tasks(scope: Scope) -> list[Task]:
+    lengths: tuple[int, ...] = (64, 256, 1024)
+    sizes: tuple[int, ...] = (32, 64, 128)
+    heads = 4
+    if scope.kind == "cuda":
+        heads, lengths, sizes = 16, (512, 2048, 8192), (64, 128, 256)
+    causals: tuple[bool, ...] = (True, False)
+    kinds: tuple[Literal["default", "flash", "math"], ...] = ("default", "flash", "math")
+    if scope.quick:
+        lengths, sizes, causals, kinds = lengths[:2], sizes[:2], (True,), kinds[:1]
+    tasks: list[Task] = []
+    for size, length, causal, kind in product(sizes, lengths, causals, kinds):
+        if kind != "default" and (length != lengths[-1] or causal):
+            continue  # the other kinds need one rate each
+        batch = max(1, 2048 // length) if scope.kind == "cuda" else 1
+        dims = (batch, heads, heads, length, length, size, size)
+        tasks.append(AttentionTask(scope.dtype, dims, causal, "forward", kind))
+        tasks.append(AttentionTask(scope.dtype, dims, causal, "backward", kind))
+    return tasks
+
+
+def _link_tasks(scope: Scope) -> list[Task]:
+    if scope.ranks == 1:
+        return []
+    sizes = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
+    if scope.kind == "cuda":
+        sizes += [2**28, 2**30]
+    if scope.quick:
+        sizes = [2**12, 2**18, 2**22, 2**25]
+    groups = [n for n in range(2, scope.ranks + 1) if scope.ranks % n == 0]
+    kinds: tuple[Literal["all_reduce", "all_gather", "reduce_scatter"], ...] = (
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+    )
+    tasks: list[Task] = [LinkTask(k, n, s) for k, n, s in product(kinds, groups, sizes)]
+    if not scope.quick:
+        tasks += [LinkTask("all_to_all", n, s) for n, s in product(groups, sizes)]
+    if scope.ranks % 2 == 0:  # pairs of neighbours, all at once
+        tasks += [LinkTask("transfer", 2, size) for size in sizes]
+    return tasks
+
+
+def llama_config(
+    hidden: int, heads: int, kv_heads: int | None = None, vocabulary: int = 512
+) -> str:
+    """A Llama of one layer as JSON."""
+    return _json(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        hidden_size=hidden,
+        intermediate_size=(8 * hidden // 3 + 63) // 64 * 64,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=16384,
+        tie_word_embeddings=False,
+    )
+
+
+def gpt2_config(hidden: int, heads: int, vocabulary: int = 512) -> str:
+    """A GPT-2 of one layer, without dropout, as JSON."""
+    return _json(
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        n_embd=hidden,
+        n_head=heads,
+        n_layer=1,
+        n_positions=16384,
+        vocab_size=vocabulary,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+
+
+def _json(**settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _layer_tasks(scope: Scope) -> list[Task]:
+    """(config, length, sequences): first those that the scale is fitted to, then the test's."""
+    if scope.kind == "cuda":
+        fit = [(llama_config(2048, 16), 2048, 4), (gpt2_config(1600, 25), 1024, 8)]
+        test = [
+            (llama_config(4096, 32, 8), 4096, 1),
+            (llama_config(3072, 24), 2048, 2),
+            (llama_config(5120, 40), 2048, 1),
+            (gpt2_config(1280, 20), 1024, 4),
+        ]
+    else:
+        fit = [(llama_config(384, 6), 128, 4), (gpt2_config(320, 5), 96, 4)]
+        test = [
+            (llama_config(448, 7), 192, 2),
+            (llama_config(640, 10, 5), 128, 2),
+            (gpt2_config(192, 6), 64, 8),
+            (gpt2_config(576, 9), 160, 2),
+            (llama_config(256, 8), 320, 2),
+        ]
+    chosen = [(*one, True) for one in fit] + [(*one, False) for one in test]
+    if scope.quick:
+        chosen = chosen[: len(fit) + 2]
+    return [LayerTask(config, scope.dtype, s, b, fitted) for config, s, b, fitted in chosen]
+
+
+def example_models(scope: Scope) -> list[tuple[str, int, int]]:
+    """(config, length, sequences) of models whose memory-bound calls are measured."""
+    if scope.kind == "cuda":
+        sizes = [(1024, 8, 512, 2), (2048, 16, 2048, 2), (4096, 32, 4096, 2)]
+        vocabulary = 32000
+    else:
+        sizes = [(128, 4, 32, 2), (256, 4, 128, 2), (512, 8, 256, 4)]
+        vocabulary = 4096
+    if scope.quick:
+        sizes = [sizes[0], sizes[2]]
+    return [
+        (make(hidden, heads, vocabulary=vocabulary), length, sequences)
+        for hidden, heads, length, sequences in sizes
+        for make in (llama_config, gpt2_config)
+    ]

@@ -1,0 +1,321 @@
+"""Measures the devices of this machine and makes a profile of them.
+
+Tasks are measured one by one on all devices at once (`measure_ranks`), what is known goes to a
+partial file so that an interrupted run goes on where it stopped, and the profile ends with a test
+of its own: layers that no figure was fitted to, predicted against measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from paraplan.automatic import profile_of
+from paraplan.cluster import Cluster, make_cluster
+from paraplan.device import load_device
+from paraplan.errors import InputError
+from paraplan.files import write_atomically
+from paraplan.models import ModelSource, model_of_config
+from paraplan.op_table import Dtype
+from paraplan.profile_result import (
+    Measurements,
+    MemoryCall,
+    Seconds,
+    measured_cluster,
+    predicted_layer_seconds,
+    with_scale,
+)
+from paraplan.profile_tasks import LayerTask, Scope, example_models, make_tasks
+from paraplan.trace_cache import model_graph
+
+if TYPE_CHECKING:
+    from paraplan.measure_calls import RecordedCall
+    from paraplan.measure_ranks import Facts
+
+SIZES_OF_A_NAME = 8
+"""Sizes at which each memory-bound call is timed; half of them with --quick."""
+SAVE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A whole layer, predicted and measured."""
+
+    task: LayerTask
+    predicted_seconds: float
+    measured_seconds: float
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted_seconds / self.measured_seconds - 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What profiling a machine gave.
+
+    Attributes:
+        layers: whole layers; those not ``fitted`` are the test.
+        spread: median over all timings.
+        seconds: that it took.
+    """
+
+    cluster: Cluster
+    layers: tuple[LayerResult, ...]
+    spread: float
+    timings: int
+    seconds: float
+
+    @property
+    def test_error(self) -> float:
+        """Median absolute error of the layers that were not fitted."""
+        return median(abs(one.error) for one in self.layers if not one.task.fitted)
+
+
+Done = Callable[[int, int], None]
+"""Called with how many tasks are measured, and of how many."""
+
+
+def profile_machine(
+    kind: Literal["cuda", "cpu"],
+    ranks: int,
+    *,
+    quick: bool = False,
+    base: Cluster | None = None,
+    models: Sequence[tuple[ModelSource, int]] = (),
+    partial: Path | None = None,
+    done: Done = lambda finished, of: None,
+) -> Profile:
+    """Measure this machine's devices, ``ranks`` of them at once.
+
+    Args:
+        base: profile whose figures stay where nothing is measured; by default found by name.
+        models: models and sequence lengths whose own ops are measured as well.
+        partial: file that keeps what is known until all is.
+
+    Raises:
+        InputError: a device cannot be measured.
+    """
+    from paraplan.measure_ranks import RankSettings, key_of, measure_on_ranks
+
+    began = time.perf_counter()
+    dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
+    scope = Scope(kind, ranks, quick, dtype)
+    base = base or _base(kind, ranks)
+    calls = _memory_calls(scope, models)
+    tasks: list[Any] = [*make_tasks(scope), *_model_tasks(scope, models, base), *calls]
+    tasks = list(dict.fromkeys(tasks))
+    settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
+    kept = _Kept(partial, _fingerprint(settings))
+    missing = [task for task in tasks if key_of(task) not in kept.known]
+    done(len(tasks) - len(missing), len(tasks))
+
+    def report(key: str, timing: tuple[float, float]) -> None:
+        kept.add(key, timing)
+        done(sum(key_of(task) in kept.known for task in tasks), len(tasks))
+
+    try:
+        facts = measure_on_ranks(missing, settings, report)
+    finally:
+        kept.save()
+    known = {task: Seconds(*kept.known[key_of(task)]) for task in tasks}
+    made = Measurements(
+        tasks={task: timing for task, timing in known.items() if task not in set(calls)},
+        calls=[_memory_call(call, known[call]) for call in calls],
+        where=_where(facts, settings),
+        facts=_figures(facts, kind),
+        ranks=ranks,
+        dtype=dtype,
+    )
+    cluster, layers = _scaled(measured_cluster(base, made), made)
+    kept.forget()
+    spread = median(timing.spread for timing in known.values())
+    return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
+
+
+def _threads(kind: str, ranks: int) -> int:
+    """As many as `launch` gives a rank."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    if named.isdecimal():
+        return max(1, int(named))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // ranks)
+
+
+def _base(kind: str, ranks: int) -> Cluster:
+    if kind == "cpu":
+        return make_cluster(load_device("cpu"), ranks, devices_per_node=ranks)
+    import torch
+
+    if torch.cuda.device_count() < ranks:
+        raise InputError(
+            f"{ranks} GPUs are to be measured, this machine has {torch.cuda.device_count()}"
+        )
+    device = load_device(profile_of(torch.cuda.get_device_name()))
+    return make_cluster(device, ranks)
+
+
+def _fingerprint(settings: Any) -> str:
+    import torch
+
+    parts = [asdict(settings), torch.__version__]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class _Kept:
+    """What is measured so far, in a file that an interrupted run leaves behind."""
+
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self._path, self._fingerprint = path, fingerprint
+        self._saved = time.monotonic()
+        self.known: dict[str, tuple[float, float]] = {}
+        if path is not None and path.is_file():
+            with suppress(ValueError, OSError, AttributeError):
+                content = json.loads(path.read_text())
+                if content.get("fingerprint") == fingerprint:
+                    self.known = {k: (float(s), float(p)) for k, (s, p) in content["known"].items()}
+
+    def add(self, key: str, timing: tuple[float, float]) -> None:
+        """Keep one timing; write them every few seconds."""
+        self.known[key] = (timing[0], timing[1])
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is known."""
+        self._saved = time.monotonic()
+        if self._path is not None and self.known:
+            content = {"fingerprint": self._fingerprint, "known": self.known}
+            write_atomically(self._path, json.dumps(content))
+
+    def forget(self) -> None:
+        """All is measured: the file is no longer needed."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _memory_calls(scope: Scope, models: Sequence[tuple[ModelSource, int]]) -> list[RecordedCall]:
+    """Memory-bound calls of the example models at a few sizes each, and all of the named ones."""
+    from paraplan.measure_calls import record_calls
+
+    found: dict[tuple[str, str], dict[int, list[RecordedCall]]] = {}
+    for config, length, sequences in example_models(scope):
+        for call in record_calls(
+            model_of_config(json.loads(config)),
+            sequence_length=length,
+            sequences=sequences,
+            compute_dtype=scope.dtype,
+        ):
+            if call.kernel.kind == "memory" and call.kernel.dtype == scope.dtype:
+                sizes = found.setdefault((call.name, call.kernel.dtype), {})
+                sizes.setdefault(call.size_bytes, []).append(call)
+    most = SIZES_OF_A_NAME // (2 if scope.quick else 1)
+    chosen = [call for sizes in found.values() for s in _spaced(sizes, most) for call in sizes[s]]
+    for source, length in models:
+        for sequences in (1, 2, 4):
+            chosen += [
+                call
+                for call in record_calls(
+                    source,
+                    sequence_length=length,
+                    sequences=sequences,
+                    compute_dtype=scope.dtype,
+                )
+                if call.kernel.kind == "memory" and call.kernel.dtype == scope.dtype
+            ]
+    return list(dict.fromkeys(chosen))
+
+
+def _spaced(sizes: dict[int, Any], most: int) -> list[int]:
+    """At most ``most`` of the sizes, evenly in their order, both ends included."""
+    ordered = sorted(sizes)
+    if len(ordered) <= most:
+        return ordered
+    return sorted({ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most)})
+
+
+def _model_tasks(
+    scope: Scope, models: Sequence[tuple[ModelSource, int]], base: Cluster
+) -> list[Any]:
+    """Matrix products and attention of the named models, at the shapes of feasible layouts."""
+    from paraplan.layouts import tensor_degrees
+    from paraplan.profile_tasks import AttentionTask, GemmTask
+
+    tasks: list[Any] = []
+    for source, length in models:
+        graph = model_graph(
+            source,
+            sequence_length=length,
+            compute_dtype="float32" if scope.dtype == "float32" else "bfloat16",
+            tensor_degrees=tuple(tensor_degrees(scope.ranks)),
+        )
+        for block in graph.blocks.values():
+            for op in (op for variant in block.variants.values() for op in variant.ops):
+                for sequences in (1, 2, 4):
+                    dims = tuple(int(dim.at(sequences)) for dim in op.dims)
+                    if op.kind == "gemm" and op.dtype == scope.dtype:
+                        tasks.append(GemmTask(scope.dtype, dims[1], dims[2], dims[3], dims[0]))
+                    elif op.kind == "attention" and op.window is None and len(dims) == 7:
+                        tasks.append(AttentionTask(scope.dtype, dims, op.causal, op.phase))
+    return tasks
+
+
+def _memory_call(call: RecordedCall, timing: Seconds) -> MemoryCall:
+    dtype: Any = call.kernel.dtype
+    return MemoryCall(call.name, dtype, call.size_bytes, call.count, timing)
+
+
+def _where(facts: Facts, settings: Any) -> str:
+    import torch
+
+    date = datetime.now(UTC).date().isoformat()
+    what = "processes" if settings.kind == "cpu" else "devices"
+    return (
+        f"{facts.device_name}, {settings.ranks} {what} at once with {settings.threads} threads "
+        f"each, torch {torch.__version__}, driver {facts.driver}, clocks {facts.clocks}, {date}"
+    )
+
+
+def _figures(facts: Facts, kind: str) -> dict[str, float]:
+    figures = {
+        "memory_capacity_bytes": float(facts.capacity_bytes),
+        "framework_memory_bytes": float(facts.framework_bytes),
+    }
+    if kind == "cuda":
+        figures["multiprocessors"] = float(facts.multiprocessors)
+    return figures
+
+
+def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerResult, ...]]:
+    """Fit the scale of whole layers; then every layer predicted against measured."""
+    layers = made.of(LayerTask)
+
+    def results(profile: Cluster) -> tuple[LayerResult, ...]:
+        return tuple(
+            LayerResult(task, predicted_layer_seconds(_graph(task), task, profile), timing.seconds)
+            for task, timing in layers
+        )
+
+    fitted = [one for one in results(cluster) if one.task.fitted]
+    scale = median(one.measured_seconds / one.predicted_seconds for one in fitted)
+    scaled = with_scale(cluster, scale, made, len(fitted))
+    return scaled, results(scaled)
+
+
+def _graph(task: LayerTask) -> Any:
+    return model_graph(
+        model_of_config(json.loads(task.config)),
+        sequence_length=task.sequence_length,
+        compute_dtype="float32" if task.dtype == "float32" else "bfloat16",
+        tensor_degrees=(1,),
+    )

@@ -1,0 +1,214 @@
+"""`plan profile`: what is measured becomes a profile, by real processes and with made timings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from paraplan.cluster import Cluster, make_cluster
+from paraplan.collectives import Group, collective_seconds, transfer_seconds
+from paraplan.device import load_device
+from paraplan.graph import Amount, Op
+from paraplan.link_table import MeasuredCollective, make_link_table
+from paraplan.op_times import op_seconds
+from paraplan.profile_result import Measurements, MemoryCall, Seconds, measured_cluster, with_scale
+from paraplan.profile_tasks import (
+    AttentionTask,
+    GemmTask,
+    LinkTask,
+    RateTask,
+    Scope,
+    make_tasks,
+)
+
+GEMM_RATE, MEMORY_RATE, LINK_RATE, START = 4e10, 8e9, 1e9, 1e-4
+
+
+def made_timing(task: Any) -> Seconds:
+    """A machine of constant rates."""
+    if isinstance(task, GemmTask):
+        return Seconds(2.0 * task.batch * task.m * task.n * task.k / GEMM_RATE, 0.01)
+    if isinstance(task, AttentionTask):
+        batch, heads, _, queries, keys, size, value_size = task.dims
+        pairs = queries * (queries + 1) / 2 if task.causal else queries * keys
+        scale = 2.0 if task.phase == "forward" else 5.0
+        return Seconds(scale * batch * heads * pairs * (size + value_size) / GEMM_RATE, 0.01)
+    if isinstance(task, LinkTask):
+        moved = 2.0 if task.kind == "all_reduce" else 1.0
+        return Seconds(START + moved * task.message_bytes / LINK_RATE, 0.1)
+    return Seconds(task.size_bytes / MEMORY_RATE, 0.01)
+
+
+def made_cluster(ranks: int = 2) -> tuple[Cluster, Measurements]:
+    scope = Scope("cpu", ranks, quick=False, dtype="float32")
+    tasks = [t for t in make_tasks(scope) if isinstance(t, GemmTask | AttentionTask | LinkTask)]
+    rates: list[Any] = [RateTask("floor", 4096), RateTask("optimizer", 28 * 10**6)]
+    made = Measurements(
+        tasks={task: made_timing(task) for task in [*tasks, *rates]},
+        calls=[
+            MemoryCall("aten.mul", "float32", size, 1, Seconds(size / MEMORY_RATE, 0.02))
+            for size in (2**12, 2**20, 2**26)
+        ],
+        where="a machine of constant rates",
+        facts={"memory_capacity_bytes": 8e9, "framework_memory_bytes": 3e8},
+        ranks=ranks,
+        dtype="float32",
+    )
+    base = make_cluster(load_device("cpu"), ranks, devices_per_node=ranks)
+    return measured_cluster(base, made), made
+
+
+def gemm(m: int, n: int, k: int) -> Op:
+    dims = tuple(Amount(size) for size in (1, m, n, k))
+    return Op(name="aten.mm", kind="gemm", phase="forward", dtype="float32", dims=dims)
+
+
+def test_products_between_and_beyond_the_grid_take_the_measured_rate() -> None:
+    device = made_cluster()[0].device
+    for m, n, k, basis in [
+        (512, 512, 512, "measured"),
+        (300, 700, 90, "interpolated"),
+        (4096, 4096, 4096, "interpolated"),
+    ]:
+        found = op_seconds(gemm(m, n, k), 1, device)
+        assert found.basis == basis
+        assert found.seconds == pytest.approx(2.0 * m * n * k / GEMM_RATE, rel=1e-9)
+
+
+def test_what_was_not_measured_keeps_its_basis() -> None:
+    cluster, _ = made_cluster()
+    device = cluster.device
+    assert device.memory_capacity_bytes.basis == "measured"
+    assert device.memory_bandwidth_bytes_per_second.value == pytest.approx(MEMORY_RATE)
+    assert device.gemm.efficiency["float32"].value == pytest.approx(1.0)
+    assert device.gemm.efficiency["float32"].basis == "measured"
+    assert device.gemm.prologue_k == load_device("cpu").gemm.prologue_k
+    assert device.fragmentation_fraction.basis == "modelled"
+    assert cluster.link_between == make_cluster(load_device("cpu"), 2).link_between
+    assert [a.implementation for a in device.attention] == ["torch's pick", "flash", "math"]
+    for rate in device.attention[0].rates:
+        assert rate.forward_efficiency.value == pytest.approx(1.0)
+
+
+def test_collectives_are_interpolated_for_measured_groups_only() -> None:
+    cluster, _ = made_cluster(4)
+    for size in (2**10, 2**20, 2**26):
+        took = collective_seconds("all_reduce", size, Group(4, 4), cluster)
+        assert took == pytest.approx(START + 2 * size / LINK_RATE)
+        took = transfer_seconds(size, between_nodes=False, cluster=cluster)
+        assert took == pytest.approx(START + size / LINK_RATE)
+    # Below the smallest as long as it; beyond the largest at its rate; in between in between.
+    smallest = collective_seconds("all_gather", 8, Group(2, 2), cluster)
+    assert smallest == pytest.approx(START + 2**10 / LINK_RATE)
+    between = collective_seconds("all_gather", 2**21, Group(2, 2), cluster)
+    assert START + 2**20 / LINK_RATE < between < START + 2**22 / LINK_RATE
+    # Three of four ranks were not measured: the link's figures say something.
+    assert collective_seconds("all_gather", 2**20, Group(3, 3), cluster) > 0
+    assert cluster.link_inside.table is not None
+    assert cluster.link_inside.table.seconds("all_gather", 3, 2**20) is None
+
+
+def test_a_scaled_link_leaves_what_was_measured_behind() -> None:
+    cluster, _ = made_cluster()
+    slower = cluster.with_link_inside_scaled(0.5)
+    assert slower.link_inside.table is None
+    group = Group(2, 2)
+    fast = collective_seconds("all_gather", 2**26, group, cluster)
+    assert collective_seconds("all_gather", 2**26, group, slower) > 1.5 * fast
+
+
+def test_a_link_table_of_one_size_still_answers() -> None:
+    table = make_link_table(
+        [MeasuredCollective(kind="all_reduce", ranks=2, message_bytes=1000, seconds=0.5)]
+    )
+    assert table.seconds("all_reduce", 2, 10) == 0.5
+    assert table.seconds("all_reduce", 2, 2000) == pytest.approx(1.0)
+
+
+def test_the_scale_of_whole_layers_lengthens_blocks() -> None:
+    from small_graphs import small_graph
+
+    from paraplan.block_cost import block_compute
+    from paraplan.layout import Layout
+
+    cluster, made = made_cluster()
+    graph = small_graph()
+    block = next(block for block in graph.blocks.values() if block.role == "layer")
+    seconds = []
+    for one in (cluster, with_scale(cluster, 1.25, made, 2)):
+        cost = block_compute(block, Layout(), device=one.device, cluster=one)
+        seconds.append(cost.forward.kernels + cost.backward.kernels)
+    assert seconds[1] == pytest.approx(1.25 * seconds[0])
+
+
+def test_a_profile_survives_its_file(tmp_path: Any) -> None:
+    from paraplan.cluster import load_cluster
+
+    cluster, _ = made_cluster()
+    path = tmp_path / "mine.json"
+    path.write_text(cluster.model_dump_json(indent=1, exclude_none=True))
+    again = load_cluster(path)
+    assert again == cluster
+    assert again.sha256 == cluster.sha256
+
+
+def test_real_processes_measure_together() -> None:
+    from paraplan.measure_ranks import RankSettings, key_of, measure_on_ranks
+
+    tasks: list[Any] = [
+        GemmTask("float32", 64, 64, 64),
+        GemmTask("float32", 256, 256, 256),
+        AttentionTask("float32", (1, 2, 1, 32, 32, 16, 16), True, "backward"),
+        LinkTask("reduce_scatter", 2, 4096),
+        LinkTask("transfer", 2, 4096),
+        RateTask("optimizer", 28 * 1000),
+    ]
+    known: dict[str, Any] = {}
+    facts = measure_on_ranks(tasks, RankSettings("cpu", 2, True, 1), known.__setitem__)
+    assert set(known) == {key_of(task) for task in tasks}
+    assert all(timing.seconds > 0 for timing in known.values())
+    # 64 times the arithmetic takes longer, whatever else the machine does.
+    assert known[key_of(tasks[1])].seconds > known[key_of(tasks[0])].seconds
+    assert facts.capacity_bytes > facts.framework_bytes > 0
+
+
+def test_a_rank_that_fails_is_told_in_one_error() -> None:
+    from paraplan.errors import InputError
+    from paraplan.measure_ranks import RankSettings, measure_on_ranks
+
+    bad: list[Any] = [AttentionTask("float32", (1, 3, 2, 8, 8, 8, 8), True, "forward")]
+    with pytest.raises(InputError, match="measuring failed"):
+        measure_on_ranks(bad, RankSettings("cpu", 2, True, 1), lambda key, timing: None)
+
+
+def test_recorded_calls_are_made_again_with_the_same_sizes() -> None:
+    import json
+
+    import torch
+
+    from paraplan.measure_calls import record_calls, replay
+    from paraplan.models import model_of_config
+    from paraplan.profile_tasks import llama_config
+
+    source = model_of_config(json.loads(llama_config(32, 2, vocabulary=64)))
+    calls = record_calls(source, sequence_length=8, sequences=2, compute_dtype="float32")
+    memory = [call for call in calls if call.kernel.kind == "memory"]
+    assert {"aten.mul", "aten.silu", "aten._log_softmax"} <= {call.name for call in memory}
+    for call in memory:
+        made = replay(call, torch.device("cpu"))()
+        tensors = made if isinstance(made, (tuple, list)) else [made]
+        assert all(t.device.type == "cpu" for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_an_interrupted_profile_goes_on(tmp_path: Any) -> None:
+    from paraplan.profiling import _Kept
+
+    path = tmp_path / "mine.json.partial"
+    kept = _Kept(path, "this machine")
+    kept.add("a", (1.0, 0.1))
+    kept.save()
+    assert _Kept(path, "this machine").known == {"a": (1.0, 0.1)}
+    assert _Kept(path, "another").known == {}
+    path.write_text("{half")
+    assert _Kept(path, "this machine").known == {}
