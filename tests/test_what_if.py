@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,10 @@ import pytest
 
 from paraplan import sweep
 from paraplan.cli import main
+from paraplan.planning import plan as planned
+from paraplan.request import SCALABLE
 from paraplan.what_if_file import WhatIf, WhatIfPoint, load_what_if
+from paraplan.what_if_rows import what_if
 
 TINY = {
     "model_type": "llama",
@@ -215,6 +219,88 @@ def test_more_of_any_resource_never_worsens_the_optimum(
     assert all(row.step_change <= 1e-6 for row in sensitive)
     changes = [row.dollars_change for row in sensitive]
     assert changes == sorted(changes)
+
+
+def test_more_devices_never_worsen_what_can_be_had(capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan uses all devices; where fewer take the step no slower, the row names them."""
+    code, out, err = run(
+        "what-if", "--model", "tiny", "--gpus", "8..64+8", "--global-batch", "384", "--json",
+        "--workers", "1", capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, err
+    points = WhatIf.model_validate_json(out).points
+    steps = {p.gpus: p.step_seconds or float("inf") for p in points}
+    had: list[float] = []
+    for point in points:
+        fewer = [n for n in steps if n < point.gpus and steps[n] <= steps[point.gpus]]
+        assert (point.idle_is_better is not None) == bool(fewer)
+        if point.idle_is_better is not None:
+            assert steps[point.idle_is_better] == min(steps[n] for n in fewer)
+        had.append(steps[point.idle_is_better or point.gpus])
+    assert had == sorted(had, reverse=True)
+    assert any(point.idle_is_better for point in points), "or the test shows little"
+    assert any(point.idle_is_better is None for point in points[1:])
+
+
+def test_random_points_with_more_of_each_resource(capsys: pytest.CaptureFixture[str]) -> None:
+    """Compute, memory bandwidth, links, memory: the step never grows. A lower price: nor cost."""
+    rng = random.Random(11)
+    scales = {name: 1.0 for name in SCALABLE}
+    memory, before = 1.0, float("inf")
+    for _ in range(12):
+        grown = rng.choice([*SCALABLE, "memory"])
+        if grown == "memory":
+            memory *= rng.uniform(1.05, 1.5)
+        else:
+            scales[grown] *= rng.uniform(1.05, 2)
+        plan = planned("tiny", gpus=16, global_batch=64, scale=dict(scales), memory_gib=memory)
+        step = plan.prediction.step_seconds
+        assert step <= before * (1 + 1e-6), f"more {grown}"
+        before = step
+    dear, cheap = (
+        swept("--price", price, capsys=capsys).points
+        for price in ("h100=3,a100=2", "h100=2,a100=2")
+    )
+    for one, other in zip(dear, cheap, strict=True):
+        assert (one.training_days, one.step_seconds) == (other.training_days, other.step_seconds)
+        assert one.training_dollars and other.training_dollars
+        assert other.training_dollars <= one.training_dollars
+
+
+def test_random_points_equal_plan_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the Python API answers them, whatever the axes."""
+    rng = random.Random(12)
+    result = what_if(
+        "tiny", gpus="4..32", device=["h100", "mi300x"], global_batch=[64, 96], seq_len=[256, 512],
+        memory_gib=[1.5, 80], link_bandwidth=[0.5, 1],
+    )  # fmt: skip
+    for point in rng.sample(result.points, 8):
+        command = shlex.split(point.command)[1:]
+        code, out, _ = run(*command, "--json", capsys=capsys)
+        if point.step_seconds is None:
+            assert code != 0
+        else:
+            assert json.loads(out)["prediction"]["step_seconds"] == point.step_seconds
+
+
+def test_headroom_binds_where_it_changes_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """The binding is what planning the same points without it says."""
+    seen = set()
+    for memory, share in (("80", "10%"), ("0.9,2", "30%"), ("1,1.2", "40%")):
+        limits = ("--memory", memory, "--deadline", "100000d")
+        tight = swept(*limits, "--min-headroom", share, capsys=capsys).answer
+        free = swept(*limits, capsys=capsys)
+        if tight is None or tight.cheapest is None:
+            continue
+        assert free.answer is not None and free.answer.cheapest is not None
+        tight_rows = swept(*limits, "--min-headroom", share, capsys=capsys).points
+        same = free.answer.cheapest.point == tight.cheapest.point and (
+            free.points[tight.cheapest.point].training_dollars
+            == tight_rows[tight.cheapest.point].training_dollars
+        )
+        assert ("min_headroom" in tight.cheapest.binding) == (not same)
+        seen.add(same)
+    assert seen == {True, False}, "or the test shows little"
 
 
 @pytest.mark.parametrize(

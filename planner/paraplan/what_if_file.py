@@ -54,6 +54,8 @@ class WhatIfPoint(_Frozen):
         training_share: of the time that goes into steps; the rest is checkpoints, lost work
             and restarts.
         training_days, training_dollars, energy_kwh, carbon_kg: to all tokens, with failures.
+        idle_is_better: fewer devices of the same row otherwise, batch included, that take this step
+            no slower: a plan uses all of its devices, so the rest is better left idle.
         pareto: no other point of the model and sequence length is both faster and cheaper.
         command: plans this point alone.
     """
@@ -100,6 +102,7 @@ class WhatIfPoint(_Frozen):
     training_dollars: Amount | None = None
     energy_kwh: Amount | None = None
     carbon_kg: Amount | None = None
+    idle_is_better: Whole | None = None
     pareto: bool = False
     command: str = ""
 

@@ -13,6 +13,7 @@ from paraplan.what_if_file import Choice, WhatIf, WhatIfPoint
 
 GIB = 2**30
 MOST_ROWS = 60
+MOST_IDLE = 4
 _AXES: tuple[tuple[str, str, Callable[[WhatIfPoint], object]], ...] = (
     ("model", "model", lambda p: p.model),
     ("device", "device", lambda p: p.device),
@@ -35,6 +36,7 @@ def print_what_if(result: WhatIf, console: Console | None = None) -> None:
     _print_head(result, console)
     _print_points(result, console)
     _print_reasons(result, console)
+    _print_idle(result, console)
     if result.answer is not None and result.answer.cheapest and result.answer.fastest:
         _print_choice("cheapest", result.answer.cheapest, result, console)
         _print_choice("fastest", result.answer.fastest, result, console)
@@ -62,11 +64,15 @@ def _print_head(result: WhatIf, console: Console) -> None:
 
 
 def _varied(result: WhatIf) -> set[str]:
-    return {
+    varied = {
         field
         for field, _, _ in _AXES
         if len({getattr(point, field) for point in result.points}) > 1
-    } | {"gpus"}
+    }
+    of_devices = {(point.device, point.memory_gib) for point in result.points}
+    if len(of_devices) == len({point.device for point in result.points}):
+        varied.discard("memory_gib")  # it is what each device has
+    return varied | {"gpus"}
 
 
 def _print_points(result: WhatIf, console: Console) -> None:
@@ -132,6 +138,21 @@ def _print_reasons(result: WhatIf, console: Console) -> None:
         more = "" if len(ids) == 1 else f" and {len(ids) - 1} more"
         console.print(f"{ids[0]}{more}: {reason}", highlight=False, markup=False)
     if reasons:
+        console.print()
+
+
+def _print_idle(result: WhatIf, console: Console) -> None:
+    """Points that fewer devices match: a plan uses all that it is given."""
+    matched = [point for point in result.points if point.idle_is_better is not None]
+    for point in matched[:MOST_IDLE]:
+        console.print(
+            f"{point.id}: {point.idle_is_better} of its {point.gpus} devices take the step no "
+            "slower; a plan uses all, so leave the others out",
+            highlight=False,
+        )
+    if len(matched) > MOST_IDLE:
+        console.print(f"and {len(matched) - MOST_IDLE} more such points (--csv shows all)")
+    if matched:
         console.print()
 
 

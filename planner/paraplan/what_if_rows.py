@@ -134,7 +134,7 @@ def _rows(
             zip(points, questions, outcomes, strict=True)
         )
     ]
-    return _with_scaling_efficiency(rows, points)
+    return _with_fewer_devices(_with_scaling_efficiency(rows, points), points)
 
 
 def _sensitivity(
@@ -310,6 +310,25 @@ def _with_scaling_efficiency(
             row = row.model_copy(update={"scaling_efficiency": share})
         filled.append(row)
     return filled
+
+
+def _with_fewer_devices(
+    rows: Sequence[WhatIfPoint], points: Sequence[GridPoint]
+) -> list[WhatIfPoint]:
+    """Fill in `idle_is_better`: the fastest smaller cluster, where a larger one is no faster."""
+    alike: dict[tuple[object, ...], list[WhatIfPoint]] = {}
+    for row, point in zip(rows, points, strict=True):
+        alike.setdefault((*point.series, row.global_batch), []).append(row)
+    better: dict[int, int] = {}
+    for same in alike.values():
+        best: WhatIfPoint | None = None
+        for row in sorted(same, key=lambda row: row.gpus):
+            step = row.step_seconds or math.inf
+            if best is not None and best.step_seconds is not None and best.step_seconds <= step:
+                better[row.id] = best.gpus
+            elif row.step_seconds is not None:
+                best = row
+    return [row.model_copy(update={"idle_is_better": better.get(row.id)}) for row in rows]
 
 
 def _assumptions(rows: Sequence[WhatIfPoint], economics: Economics) -> tuple[str, ...]:
