@@ -121,6 +121,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         *("profile", "rows", "unused", "parameters", "error_before", "error_after"),
         *("error_model_left_out", "memory_rows"),
     }
+    assert main(["calibrate", str(path), "--cluster", "dgx-h100", "--csv"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head == "name,factor,spread,determined" and len(rows) == len(written["parameters"])
 
 
 @pytest.mark.parametrize(

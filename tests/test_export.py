@@ -338,7 +338,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (tmp_path / target).read_text() == out
         assert "start with" in capsys.readouterr().out
         assert main(["export", file, "--to", target, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["target"] == target
+        notes = json.loads(capsys.readouterr().out)["notes"]
+        assert main(["export", file, "--to", target, "--csv"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == (1 + len(notes) if notes else 0)
     assert main(["export", file, "--to", "horovod"]) == 2
     assert main(["export", file]) == 2
     assert main(["export", str(tmp_path / "none"), "--to", "nemo"]) == 2

@@ -60,6 +60,10 @@ def test_command_says_what_it_found(
     for part in ("parameters", "optimizer"):  # arithmetic, up to FSDP's padding
         assert stage["counted"][part] == pytest.approx(stage["predicted"][part], rel=0.01)
     assert stage["counted_bytes"] == sum(stage["counted"].values())
+    assert main(["check", file, "--model", model, "--csv"]) == code
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head == "pipeline_rank,part,predicted_bytes,counted_bytes"
+    assert sum(int(row.split(",")[3]) for row in rows) == stage["counted_bytes"]
 
 
 def test_a_contradicted_plan_exits_with_one(

@@ -23,6 +23,7 @@ from paraplan.cluster import Cluster, load_cluster, make_cluster
 from paraplan.device import load_device
 from paraplan.errors import InputError
 from paraplan.files import write_atomically
+from paraplan.tables import rows_to_csv
 from paraplan.validate_machines import Machines, attention_of
 from paraplan.validate_model import sizes_of
 from paraplan.validate_predict import predict
@@ -243,22 +244,28 @@ def _say_source(before: Any, after: Any, source: str) -> None:
             _say_source(one, other, source)
 
 
+def parameter_rows(made: Calibration) -> list[dict[str, Any]]:
+    """One row for each fitted figure."""
+    return [
+        {
+            "name": parameter.name,
+            "factor": math.exp(log),
+            "spread": spread,
+            "determined": spread < KNOWN * parameter.spread,
+        }
+        for parameter, log, spread in zip(
+            made.parameters, made.found.logs, made.found.spreads, strict=True
+        )
+    ]
+
+
 def as_json(made: Calibration) -> dict[str, object]:
     """What ``--json`` writes."""
-    fitted = zip(made.parameters, made.found.logs, made.found.spreads, strict=True)
     return {
         "profile": made.cluster.model_dump(mode="json", exclude_none=True),
         "rows": made.rows,
         "unused": dict(made.unused),
-        "parameters": [
-            {
-                "name": parameter.name,
-                "factor": math.exp(log),
-                "spread": spread,
-                "determined": spread < KNOWN * parameter.spread,
-            }
-            for parameter, log, spread in fitted
-        ],
+        "parameters": parameter_rows(made),
         "error_before": made.before,
         "error_after": made.after,
         "error_model_left_out": made.left_out,
@@ -294,6 +301,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cluster", metavar="NAME", help="the same with its network")
     add("-o", "--output", metavar="FILE.json", help="write the fitted cluster profile")
     add("--json", action="store_true", help="everything as JSON")
+    add("--csv", action="store_true", help="the fitted figures as CSV, nothing else")
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
@@ -319,6 +327,9 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if options.output:
         text = made.cluster.model_dump_json(indent=1, exclude_none=True)
         write_atomically(options.output, text + "\n")
+    if options.csv:
+        print(rows_to_csv(parameter_rows(made)), end="")
+        return 0
     print(json.dumps(as_json(made), indent=1) if options.json else as_text(made))
     if options.output and not options.json:
         print(f"wrote {options.output}; plan with --cluster {options.output}")

@@ -20,6 +20,7 @@ from paraplan.models import ModelSource, resolve_model
 from paraplan.plan_file import Plan, load_plan
 from paraplan.plan_parts import MemoryParts
 from paraplan.report import GIB, layout_words
+from paraplan.tables import rows_to_csv
 
 if TYPE_CHECKING:
     from paraplan_runtime.dry_run import Rehearsed
@@ -134,6 +135,7 @@ def add_check_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="where the plan's model is, as in `plan`")
     parser.add_argument("--stage", type=int, metavar="N", help="this pipeline rank only")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--csv", action="store_true", help="print the parts as CSV, nothing else")
 
 
 def run_check(options: Namespace) -> int:
@@ -143,15 +145,18 @@ def run_check(options: Namespace) -> int:
     if options.stage is not None and not 0 <= options.stage < depth:
         raise InputError(f"--stage is {options.stage}; the plan has stages 0 to {depth - 1}")
     ranks = None if options.stage is None else [options.stage]
-    if not options.json:
+    silent = options.json or options.csv
+    if not silent:
         print(f"{plan.model.name}, {plan.cluster.devices} devices: {layout_words(plan.layout)}")
     checked = []
     for stage in check_plan(plan, model=options.model, ranks=ranks):
         checked.append(stage)
-        if not options.json:
+        if not silent:
             print("\n".join(["", *stage_lines(stage, plan)]), flush=True)
     problems = [line for stage in checked for line in contradictions(stage, plan)]
-    if options.json:
+    if options.csv:
+        print(rows_to_csv(row for stage in checked for row in part_rows(stage)), end="")
+    elif options.json:
         print(json.dumps(as_json(checked, problems)))
     else:
         print("\n".join(["", *_closing(checked, problems)]))
@@ -199,6 +204,17 @@ def _closing(checked: Sequence[CheckedStage], problems: Sequence[str]) -> list[s
         f"not in a dry run: {unseen:.1f} GiB for communicators, device context, fragmentation",
     ]
     return lines + (list(problems) or ["every module resolves, every step completes, it fits"])
+
+
+def part_rows(stage: CheckedStage) -> Iterator[dict[str, Any]]:
+    """One row for each part of a pipeline rank's memory."""
+    for part in COMPARED:
+        yield {
+            "pipeline_rank": stage.pipeline_rank,
+            "part": part,
+            "predicted_bytes": int(getattr(stage.predicted, part)),
+            "counted_bytes": stage.counted.get(part, 0),
+        }
 
 
 def as_json(checked: Sequence[CheckedStage], problems: Sequence[str]) -> dict[str, Any]:

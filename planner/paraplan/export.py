@@ -11,6 +11,7 @@ from paraplan.export_megatron import to_megatron, to_nemo
 from paraplan.export_torch import Exported, to_accelerate, to_deepspeed, to_torchtitan
 from paraplan.files import write_atomically
 from paraplan.plan_file import Plan, load_plan
+from paraplan.tables import rows_to_csv
 
 TARGETS: dict[str, Callable[[Plan], Exported]] = {
     "torchtitan": to_torchtitan,
@@ -34,6 +35,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print file name, text, command and notes as JSON"
     )
+    parser.add_argument(
+        "--csv", action="store_true", help="print what the target cannot express as CSV"
+    )
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -47,6 +51,10 @@ def run_export(options: argparse.Namespace) -> int:
         write_atomically(options.output, made.text)
     if options.json:
         print(json.dumps({"target": options.to} | made._asdict()))
+        return 0
+    if options.csv:
+        rows = [{"target": options.to, "note": note} for note in made.notes]
+        print(rows_to_csv(rows), end="")
         return 0
     if options.output == "-":
         print(made.text, end="")
