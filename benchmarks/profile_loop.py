@@ -60,6 +60,8 @@ GPT2 = {
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 WIDE = LLAMA | {
     "hidden_size": 512,

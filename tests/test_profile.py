@@ -212,3 +212,23 @@ def test_an_interrupted_profile_goes_on(tmp_path: Any) -> None:
     assert _Kept(path, "another").known == {}
     path.write_text("{half")
     assert _Kept(path, "this machine").known == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output", "mine.toml"], "a name that ends in .json is wanted"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--device", "cpu", "--model", "no-such-model"], "unknown model"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from paraplan.cli import main
+
+    assert main(["profile", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told

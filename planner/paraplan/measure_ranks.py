@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -89,14 +90,17 @@ def measure_on_ranks(
         for process in processes:
             process.start()
         there.close()
+        patience = 0.0  # after an error the ranks wait for each other: nothing is worth waiting for
         try:
-            return _listen(here, report)
+            facts = _listen(here, report)
+            patience = _END_SECONDS
         finally:
             for process in processes:
-                process.join(_END_SECONDS)
+                process.join(patience)
                 if process.is_alive():
                     process.kill()
                     process.join()
+        return facts
 
 
 def _listen(here: Connection, report: Report) -> Facts:
@@ -129,6 +133,7 @@ def _rank(
     folder: str,
     there: Connection,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends the ranks
     try:
         bench = _join(rank, settings, folder)
         if rank == 0:
