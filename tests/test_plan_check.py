@@ -89,3 +89,20 @@ def test_another_model_and_a_missing_stage_are_bad_input(
     assert "made for another" in capsys.readouterr().err
     assert main(["check", file, "--model", model, "--stage", "1"]) == 2
     assert "stages 0 to 0" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_is_one_line(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    file = str(tmp_path / "a.plan.json")
+    save_plan(planned(model, "data_shard=16", global_batch=16), file)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, hidden: self.up_proj(hidden))
+    assert main(["check", file, "--model", model]) == 1
+    message = capsys.readouterr().err
+    assert "stage 0: the dry run fails: " in message
+    assert len(message.splitlines()) == 1

@@ -8,13 +8,15 @@ out of the comparison: communicators, the device context, fragmentation.
 from __future__ import annotations
 
 import json
+import textwrap
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paraplan.errors import InputError
+from paraplan.errors import InputError, PlanError
 from paraplan.explain import request_of
 from paraplan.models import ModelSource, resolve_model
 from paraplan.plan_file import Plan, load_plan
@@ -35,6 +37,8 @@ COMPARED = (
 )
 """Parts of `MemoryParts` that the dry run counts; the others no tensor holds."""
 
+WIDTH = 80
+
 TOLERANCE = 0.05
 """Largest relative difference of a stage's peak that still confirms the plan."""
 
@@ -45,12 +49,14 @@ class CheckedStage:
 
     Attributes:
         pipeline_rank: which.
+        rank: the device that took part, the first of the stage.
         predicted: the plan's parts.
         counted: the same parts by the dry run, at its peak.
         micro_batches: that the dry run took.
     """
 
     pipeline_rank: int
+    rank: int
     predicted: MemoryParts
     counted: Mapping[str, int]
     micro_batches: int
@@ -92,12 +98,25 @@ def check_plan(
 
     Raises:
         InputError: the plan does not apply to the model, with the reason.
+        PlanError: a step of the dry run fails.
     """
     source = _source(plan, model)
     for rank in range(plan.layout.pipeline) if ranks is None else ranks:
-        done = _rehearse(plan, source, rank, micro_batches)
+        try:
+            done = _rehearse(plan, source, rank, micro_batches)
+        except PlanError:
+            raise
+        except Exception as error:
+            raise PlanError(f"stage {rank}: the dry run fails: {_where(error)}") from error
         stage = next(s for s in plan.stages if s.pipeline_rank == rank)
-        yield CheckedStage(rank, stage.memory, done.parts, done.micro_batches)
+        yield CheckedStage(rank, done.rank, stage.memory, done.parts, done.micro_batches)
+
+
+def _where(error: Exception) -> str:
+    """An exception in one line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {words[:200]} ({Path(place.filename).name}:{place.lineno})"
 
 
 def _source(plan: Plan, model: str | None) -> ModelSource:
@@ -147,7 +166,8 @@ def run_check(options: Namespace) -> int:
     ranks = None if options.stage is None else [options.stage]
     silent = options.json or options.csv
     if not silent:
-        print(f"{plan.model.name}, {plan.cluster.devices} devices: {layout_words(plan.layout)}")
+        words = f"{plan.model.name}, {plan.cluster.devices} devices: {layout_words(plan.layout)}"
+        print(textwrap.fill(words, WIDTH, subsequent_indent="  "))
     checked = []
     for stage in check_plan(plan, model=options.model, ranks=ranks):
         checked.append(stage)
@@ -165,7 +185,8 @@ def run_check(options: Namespace) -> int:
 
 def stage_lines(stage: CheckedStage, plan: Plan) -> list[str]:
     """The table of one pipeline rank."""
-    lines = [f"{f'stage {stage.pipeline_rank}':20s} {'plan':>9s} {'dry run':>9s} {'plan is':>9s}"]
+    name = f"stage {stage.pipeline_rank}, rank {stage.rank}"
+    lines = [f"{name + ', GiB':24s} {'plan':>9s} {'dry run':>9s} {'plan is':>9s}"]
     for part in COMPARED:
         predicted, counted = int(getattr(stage.predicted, part)), stage.counted.get(part, 0)
         lines.append(_row(part.replace("_", " "), predicted, counted))
@@ -175,7 +196,7 @@ def stage_lines(stage: CheckedStage, plan: Plan) -> list[str]:
 
 def _row(name: str, predicted: int, counted: int) -> str:
     off = f"{100 * (predicted / counted - 1):+8.1f} %" if counted >= GIB / 100 else ""
-    return f"{name:20s} {predicted / GIB:9.2f} {counted / GIB:9.2f} {off}".rstrip()
+    return f"{name:24s} {predicted / GIB:9.2f} {counted / GIB:9.2f} {off}".rstrip()
 
 
 def contradictions(stage: CheckedStage, plan: Plan) -> list[str]:
@@ -200,7 +221,7 @@ def _closing(checked: Sequence[CheckedStage], problems: Sequence[str]) -> list[s
     unseen = max(stage.unseen_bytes for stage in checked) / GIB
     ran = max(stage.micro_batches for stage in checked)
     lines = [
-        f"GiB of one rank of each stage at its peak, {ran} micro-batches; more hold no more",
+        f"at the peak of a step of {ran} micro-batches; more hold no more",
         f"not in a dry run: {unseen:.1f} GiB for communicators, device context, fragmentation",
     ]
     return lines + (list(problems) or ["every module resolves, every step completes, it fits"])
@@ -223,6 +244,7 @@ def as_json(checked: Sequence[CheckedStage], problems: Sequence[str]) -> dict[st
         "stages": [
             {
                 "pipeline_rank": stage.pipeline_rank,
+                "rank": stage.rank,
                 "micro_batches": stage.micro_batches,
                 "predicted": {part: getattr(stage.predicted, part) for part in COMPARED},
                 "counted": {part: stage.counted.get(part, 0) for part in COMPARED},

@@ -2,9 +2,9 @@
 
 The whole runtime runs as in training, on tensors that have shapes and no contents, in a process
 group of which this rank alone exists: module paths resolve, shapes divide, the schedule
-completes, the optimizer steps. torch's ``MemTracker`` counts every storage. The second step is
-the one that counts: only then does the optimizer's state exist. A third, equal one stops where
-the second had its peak and looks who holds what there.
+completes, the optimizer steps. torch's ``MemTracker`` counts every storage. The optimizer has
+its state from the start, as it has in every step but the first. A second, equal step stops where
+the first had its peak and looks who holds what there.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def rehearse(
         parallel = parallelize(model, short, device_type="cpu")
         optimizer = make([p for p in parallel.parameters() if p.requires_grad])
         rows = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
+        _make_state(optimizer)
         tracker = PeakTracker(parallel, optimizer)
         with tracker:
             peak = _find_peak(lambda: _step(parallel, optimizer, rows), tracker)
@@ -126,18 +127,20 @@ def rehearse(
 
 
 def _find_peak(step: Callable[[], None], tracker: PeakTracker) -> Peak:
-    """Run steps until one has been looked at where it has its peak: mostly two.
-
-    Only from the second on does the optimizer's state exist.
-    """
-    tracker.look_at(-1)
-    step()
+    """Run a whole step, and a second one to where the first had its peak."""
     while True:
-        expected = tracker.result().operation
-        tracker.look_at(expected)
-        step()
-        if tracker.result().operation == expected:
-            return tracker.result()
+        peak = tracker.peak_of(step)
+        if tracker.parts_at(step, peak):
+            return peak
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Update once with gradients of zero: from the second step on the state exists."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _step(

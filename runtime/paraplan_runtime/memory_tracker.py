@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,17 @@ _MADE = {_MemRefType.ACT: "activations", _MemRefType.OTH: "gathered_parameters"}
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory of a step, and when."""
+    """The most memory of a step, and of the optimizer's part of it."""
 
     peak_bytes: int
-    operation: int
     optimizer_peak_bytes: int
+
+
+class PeakReached(BaseException):
+    """The step has come to where it needs most memory, and need not go on.
+
+    No ``Exception``: nothing on the way out of the step may take it for an error of the model.
+    """
 
 
 class _NoModules:
@@ -59,20 +65,30 @@ class PeakTracker(MemTracker):
         self._model = model
         self._optimizer = optimizer
         self.parts: dict[str, int] = {}
-        self._wanted = -1
-        self._operation = self._peak_at = 0
+        self._wanted_bytes: int | None = None
         self._peak_bytes = self._optimizer_peak = 0
-        self.track_external(*model.stages)
+        self.track_external(*model.stages, optimizer)
 
-    def look_at(self, operation: int) -> None:
-        """A step begins, in which ``parts`` is to be filled when ``operation`` has run."""
-        self._operation = self._peak_at = 0
+    def peak_of(self, step: Callable[[], None]) -> Peak:
+        """Run a step and say what it needed at most."""
         self._peak_bytes = self._optimizer_peak = 0
-        self._wanted = operation
+        step()
+        return Peak(self._peak_bytes, self._optimizer_peak)
 
-    def result(self) -> Peak:
-        """The peak since `look_at`."""
-        return Peak(self._peak_bytes, self._peak_at, self._optimizer_peak)
+    def parts_at(self, step: Callable[[], None], peak: Peak) -> bool:
+        """Run a step until it needs as much as the one before, and fill ``parts``.
+
+        Returns:
+            Whether it came to that; then the step was left in its middle and no other can follow.
+        """
+        self._wanted_bytes = peak.peak_bytes
+        try:
+            step()
+        except PeakReached:
+            return True
+        finally:
+            self._wanted_bytes = None
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -85,14 +101,13 @@ class PeakTracker(MemTracker):
         return result
 
     def _update_peak_stats(self, peak_state: Any) -> None:
-        self._operation += 1
         total = sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
         if self._in_opt:
             self._optimizer_peak = max(self._optimizer_peak, total)
-        if total > self._peak_bytes:
-            self._peak_bytes, self._peak_at = total, self._operation
-        if self._operation == self._wanted:
+        self._peak_bytes = max(self._peak_bytes, total)
+        if self._wanted_bytes is not None and total >= self._wanted_bytes:
             self.parts = self._held()
+            raise PeakReached
 
     def _held(self) -> dict[str, int]:
         owners = dict(self._owners())
@@ -112,6 +127,7 @@ class PeakTracker(MemTracker):
 
     def _named(self) -> Iterator[tuple[torch.Tensor | None, str]]:
         for group in _parameter_groups(self._model):
+            yield group._partial_reduce_output, "gradients"  # until the replicas add theirs
             for held in group.fsdp_params:
                 for output in held.all_gather_outputs:
                     yield output, "gathered_parameters"
