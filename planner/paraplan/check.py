@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from paraplan.errors import InputError, PlanError
 from paraplan.explain import request_of
 from paraplan.models import ModelSource, resolve_model
-from paraplan.plan_file import Plan, load_plan
+from paraplan.plan_file import Plan, capacity_of, load_plan
 from paraplan.plan_parts import MemoryParts
 from paraplan.report import GIB, layout_words
 from paraplan.tables import rows_to_csv
@@ -208,7 +208,7 @@ def contradictions(stage: CheckedStage, plan: Plan) -> list[str]:
             f"dry run's {stage.counted_bytes / GIB:.1f} GiB"
         )
     needed = stage.counted_bytes + stage.unseen_bytes
-    capacity = plan.prediction.capacity_bytes
+    capacity = capacity_of(plan, stage.pipeline_rank)
     if needed > capacity:
         found.append(
             f"stage {stage.pipeline_rank}: does not fit: {needed / GIB:.1f} GiB of "
