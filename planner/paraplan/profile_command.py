@@ -31,7 +31,7 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
         help="devices, or CPU processes, that compute at once: as many as will train "
         "(default: all GPUs, or 2 processes)",
     )
-    add("--quick", action="store_true", help="fewer sizes: at most 20 s")
+    add("--quick", action="store_true", help="fewer sizes, for a first plan")
     add(
         "--model",
         action="append",
