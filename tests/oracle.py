@@ -11,11 +11,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from paraplan.chain import ChainCost
 from paraplan.collectives import transfer_seconds
 from paraplan.layout import Layout
 from paraplan.pipeline import critical_paths, interleaved_seconds
 from paraplan.problem import Problem, chain_cost
-from paraplan.stage_cost import ChainCost, _fixed_parts, _tied_exchange_seconds
+from paraplan.recompute import choice_of
+from paraplan.stage_cost import _tied_exchange_seconds
+from paraplan.stage_memory import stage_memory
 
 MODES = ("none", "selective", "full")
 
@@ -73,30 +76,20 @@ def stage_best(
     held = [kind_at[i] for first, end in runs for i in range(first, end)]
     layers = sorted({k for k in held if roles[k] == "layer"})
     counts = [held.count(k) for k in range(len(costs))]
-    static = sum(_fixed_parts(chain, depth, runs, counts).values())
-    floor = 0.0
-    for k in set(held) - set(layers):
-        compute = costs[k].compute
-        need = compute.peak_bytes if roles[k] == "head" else compute.working_bytes["none"]
-        floor = max(floor, need)
+    memory = stage_memory(chain, depth, runs, counts)
     cheapest = math.inf
     ways = [
-        [(a, b, counts[k] - a - b) for a in range(counts[k] + 1) for b in range(counts[k] + 1 - a)]
+        [(counts[k] - a - b, a, b) for a in range(counts[k] + 1) for b in range(counts[k] + 1 - a)]
         for k in layers
     ]
     for chosen in itertools.product(*ways):
-        saved, working, extra, allowed = 0.0, floor, 0.0, True
-        for k, numbers in zip(layers, chosen, strict=True):
-            for mode, number in zip(MODES, numbers, strict=True):
-                if number:
-                    allowed = allowed and mode in chain.modes
-                    saved += depth * number * costs[k].compute.saved_bytes[mode]
-                    working = max(working, costs[k].compute.working_bytes[mode])
-                    extra += number * (costs[k].backward[mode] - costs[k].backward["none"])
+        used = {mode for each in chosen for mode, number in zip(MODES, each, strict=True) if number}
+        choice = choice_of(memory.layers, chosen)
         device = chain.device
-        total = (static + saved + working) * (1 + device.fragmentation_fraction.value)
-        if allowed and total + device.framework_memory_bytes.value <= chain.capacity_bytes:
-            cheapest = min(cheapest, extra)
+        total = sum(memory.parts(choice).values()) * (1 + device.fragmentation_fraction.value)
+        fits = total + device.framework_memory_bytes.value <= chain.capacity_bytes
+        if fits and used <= set(chain.modes):
+            cheapest = min(cheapest, choice.extra_seconds)
     if cheapest == math.inf:
         return None
     opening, closing = costs[held[0]], costs[held[-1]]

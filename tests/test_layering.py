@@ -28,6 +28,8 @@ layout_rules recompute engine
 layouts
 data_traffic
 block_cost
+chain
+stage_memory
 stage_cost pipeline simulate
 partition problem
 best_cuts solver fitting

@@ -108,10 +108,12 @@ def block_compute(
             expert=exchange if full else 0.0,
         )
     saved = {m: _saved_bytes(variant, m, sequences, split) for m in RECOMPUTE_MODES}
-    peak = max(variant.peak_bytes.at(sequences), saved["none"])
-    # Under sequence parallelism temporaries shrink with the activations they are made from.
+    # Under sequence parallelism temporaries shrink with the activations they are made from; the
+    # gradients of parameters, which do not depend on the tokens, stay.
     whole = _saved_bytes(variant, "none", sequences, 1)
-    peak *= saved["none"] / whole if whole else 1.0
+    shrunk = saved["none"] / whole if whole else 1.0
+    peak = variant.peak_bytes.fixed + shrunk * variant.peak_bytes.per_sequence * sequences
+    peak = max(peak, saved["none"])
     return BlockCompute(
         forward=_run(
             forward,
@@ -281,10 +283,15 @@ class BlockCost:
             replicas in the first forward and the last backward.
         last_reduction: exposed once a step when the block's backward comes last.
         optimizer: update of this rank's share, once a step.
-        parameter_bytes, gradient_bytes, optimizer_bytes: held all the time.
+        parameter_bytes, optimizer_bytes: held all the time.
+        gradient_bytes: held between backward passes; whole ones where they are reduced once.
+        owned_gradient_bytes: what the optimizer reads.
         resident_bytes: unsharded parameters held through the step (ZeRO-1, ZeRO-2, replicas).
-        gather_bytes: unsharded parameters while the block is at work (ZeRO-3).
-        reduce_bytes: gradients and buffers while they are reduced.
+        unsharded_bytes: parameters in the compute dtype, whole.
+        made_bytes: whole gradients in the compute dtype, as the backward makes them.
+        reduce_bytes: whole gradients in fp32, as they are reduced.
+        buffer_bytes: of an engine that exchanges in pieces; one for all blocks.
+        optimizer_work_bytes: temporaries of the update.
         beside: the data ranks' collectives that overlap with the passes.
     """
 
@@ -298,10 +305,14 @@ class BlockCost:
     optimizer: float
     parameter_bytes: float
     gradient_bytes: float
+    owned_gradient_bytes: float
     optimizer_bytes: float
     resident_bytes: float
-    gather_bytes: float
+    unsharded_bytes: float
+    made_bytes: float
     reduce_bytes: float
+    buffer_bytes: float
+    optimizer_work_bytes: float
     beside: Beside
 
 
@@ -315,10 +326,14 @@ def block_cost(
     device: Device,
     cluster: Cluster,
     engine: Engine = RUNTIME,
+    trainable: float = 1.0,
+    expert_padding: float = 1.0,
 ) -> BlockCost:
     """Add the data-parallel ranks' part to a block.
 
     Args:
+        trainable: share of the parameters that have gradients.
+        expert_padding: what the experts take sharded, relative to what they are.
         parameters: elements on one tensor rank, experts included and not yet divided.
         expert_parameters: those of them that ``layout.expert`` divides.
     """
@@ -326,7 +341,7 @@ def block_cost(
         parameters - expert_parameters, layout, 1, numerics, cluster, engine
     )
     if expert_parameters:
-        share = expert_parameters / layout.expert
+        share = expert_padding * expert_parameters / layout.expert
         extra = data_traffic(share, layout, layout.expert, numerics, cluster, engine)
         gather, scatter, reduce = (
             one.plus(other) for one, other in zip((gather, scatter, reduce), extra, strict=True)
@@ -358,14 +373,17 @@ def block_cost(
     else:
         last = NONE
     local = parameters - expert_parameters + expert_parameters / layout.expert
-    owned = _owned(parameters, expert_parameters, layout, engine)
-    gradient_bytes = 4 * owned + (4 * local if stage == 1 and layout.micro_batches > 1 else 0)
-    transient = numerics.compute
-    if layout.data_ranks * layout.context > 1:
-        transient += REDUCE_BYTES
+    padding = (expert_padding - 1) * expert_parameters
+    owned = _owned(parameters + padding, expert_parameters + padding, layout, engine)
+    padded = local + padding / layout.expert
+    trained = owned * trainable
+    # Alone and in fp32 there is nothing to cast, gather or reduce: the runtime leaves FSDP out.
+    wrapped = numerics.compute != REDUCE_BYTES or layout.data_ranks * layout.context > 1
+    whole = padded if wrapped else 0.0
+    made = local * trainable
+    gradient_bytes = 4 * (made if stage <= 1 and layout.micro_batches > 1 else trained)
     if engine.gradient_bytes is not None and stage < 2:
-        gradient_bytes, transient = engine.gradient_bytes * local, 0
-    copies = numerics.compute != REDUCE_BYTES or stage in (1, 2)
+        gradient_bytes, made = engine.gradient_bytes * made, 0.0
     return BlockCost(
         compute=compute,
         forward=forward,
@@ -374,13 +392,17 @@ def block_cost(
         last_gather=exposed(plain_backward, gather) if stage == 3 and engine.overlaps_data else 0.0,
         per_step=once,
         last_reduction=exposed(plain_backward, last),
-        optimizer=optimizer_seconds(owned * (12 + 2 * numerics.optimizer_state), device),
+        optimizer=optimizer_seconds(trained * (12 + 2 * numerics.optimizer_state), device),
         parameter_bytes=4 * owned,
         gradient_bytes=gradient_bytes,
-        optimizer_bytes=numerics.optimizer_state * owned,
-        resident_bytes=numerics.compute * local if copies and stage != 3 else 0.0,
-        gather_bytes=numerics.compute * local if stage == 3 else 0.0,
-        reduce_bytes=transient * local + engine.buffer_bytes,
+        owned_gradient_bytes=4 * trained,
+        optimizer_bytes=numerics.optimizer_state * trained,
+        resident_bytes=numerics.compute * whole if stage != 3 else 0.0,
+        unsharded_bytes=numerics.compute * whole,
+        made_bytes=numerics.compute * made,
+        reduce_bytes=REDUCE_BYTES * padded * trainable if wrapped else 0.0,
+        buffer_bytes=engine.buffer_bytes,
+        optimizer_work_bytes=numerics.optimizer_work * trained,
         beside=_beside(engine, each_forward, each_backward, once_forward, once_backward),
     )
 

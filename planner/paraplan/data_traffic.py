@@ -43,10 +43,12 @@ class Numerics:
     Attributes:
         compute: of a parameter in the compute dtype.
         optimizer_state: beside the fp32 parameter and gradient.
+        optimizer_work: while it updates.
     """
 
     compute: int
     optimizer_state: float
+    optimizer_work: float = 0.0
 
 
 class Traffic(NamedTuple):

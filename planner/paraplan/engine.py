@@ -24,6 +24,8 @@ class Engine:
         buffer_bytes: for the pieces on their way, beside them.
         shards_context: context ranks share what the data ranks shard.
         bucket_bytes: gradients and parameters are exchanged in pieces of that size; 0: by block.
+        keeps_outputs: a pipeline stage holds its output until that micro-batch's backward, as
+            torch's do (Megatron frees it once it is sent: Korthikanti et al. 2022, appendix B).
         reruns_whole: full recompute reruns a layer's last exchange too.
     """
 
@@ -37,6 +39,7 @@ class Engine:
     buffer_bytes: float = 0.0
     shards_context: bool = False
     bucket_bytes: float = 0.0
+    keeps_outputs: bool = True
     reruns_whole: bool = False
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from paraplan.chain import ChainCost
 from paraplan.layout import Layout
 from paraplan.layouts import Family, enumerate_families
 from paraplan.partition import feasible, fixed_cuts, staged
 from paraplan.problem import Problem, chain_cost
-from paraplan.stage_cost import ChainCost
 
 
-def leanest(family: Family) -> Layout:
-    """The member that needs the least memory: most shards, then the most that is sharded.
+def lean_layouts(family: Family) -> list[Layout]:
+    """The members that need the least memory: of each ZeRO stage the one with most shards.
 
-    Model state shrinks with both, and ZeRO-3's two gathered blocks are never more than the
-    whole stage that the other stages of ZeRO keep unsharded.
+    Mostly that is ZeRO-3. In stages of few layers, what it gathers and reduces in each
+    micro-batch can be more than what the others keep.
     """
-    return family.layout(max(family.splits, key=lambda split: (split[1], split[2])))
+    most = {
+        stage: (replicate, shard, stage)
+        for replicate, shard, stage in sorted(family.splits, key=lambda split: split[1])
+    }
+    return [family.layout(most[stage]) for stage in sorted(most, reverse=True)]
+
+
+def any_fits(problem: Problem, family: Family) -> bool:
+    """Whether a member of a family stays within the capacity."""
+    return any(fits(chain_cost(problem, layout)) for layout in lean_layouts(family))
 
 
 def fits(chain: ChainCost) -> bool:
@@ -43,8 +52,12 @@ def needed_capacity_bytes(chain: ChainCost) -> float:
 def least_needed_bytes(problem: Problem) -> float | None:
     """The smallest capacity at which anything fits; None if no layout is possible at all."""
     best: float | None = None
-    for family in _lean_families(problem):
-        chain = chain_cost(problem, leanest(family))
+    chains = (
+        chain_cost(problem, layout)
+        for family in _lean_families(problem)
+        for layout in lean_layouts(family)
+    )
+    for chain in chains:
         if best is None or fits(chain.with_capacity(best - 2**20)):
             best = needed_capacity_bytes(chain)
     return best
@@ -52,7 +65,7 @@ def least_needed_bytes(problem: Problem) -> float | None:
 
 def anything_fits(problem: Problem) -> bool:
     """Whether some layout stays within the capacity."""
-    return any(fits(chain_cost(problem, leanest(family))) for family in _lean_families(problem))
+    return any(any_fits(problem, family) for family in _lean_families(problem))
 
 
 def _lean_families(problem: Problem) -> list[Family]:

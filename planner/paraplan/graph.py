@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 1
+FORMAT = 4
 """Raised whenever the meaning of a field changes, so that older cached graphs are rebuilt."""
 
 Recompute = Literal["none", "selective", "full"]
@@ -81,7 +81,7 @@ class Saved(_Frozen):
         sharded: already divided by the tensor degree.
         replicated: whole on every tensor rank; sequence parallelism divides it.
         gathered: whole on every tensor rank even under sequence parallelism (the gathered
-            inputs of column-parallel matrix products).
+            inputs of column-parallel matrix products, row-parallel ones not yet added up).
     """
 
     sharded: Amount = Amount()
@@ -107,9 +107,11 @@ class BlockVariant(_Frozen):
         ops: forward and backward calls, recompute not included.
         parameters: elements on this rank (a tied weight counts in the block that owns it).
         expert_parameters: those of ``parameters`` that expert parallelism divides.
+        frozen_parameters: those without gradients.
         saved: what the forward keeps, by recompute mode.
-        peak_bytes: most bytes of activations alive at once during this block's forward and
-            backward without recompute (saved ones included; parameters and their gradients not).
+        peak_bytes: most bytes alive at once during this block's forward and backward without
+            recompute: saved activations, temporaries and the gradients of parameters made so far
+            (in the compute dtype), but not the parameters.
         collectives: tensor-parallel exchanges (empty at degree 1).
         expert_dispatch_bytes: bytes each device sends in one all-to-all of routed tokens
             (dispatch and combine, forward and backward: four such exchanges).
@@ -118,6 +120,7 @@ class BlockVariant(_Frozen):
     ops: tuple[Op, ...]
     parameters: int
     expert_parameters: int = 0
+    frozen_parameters: int = 0
     saved: dict[Recompute, Saved]
     peak_bytes: Amount
     collectives: tuple[Collective, ...] = ()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from paraplan.chain import ChainCost, Runs
 from paraplan.layout_rules import interleaved_chunks
 from paraplan.pipeline import (
     balanced_seconds,
@@ -20,7 +21,7 @@ from paraplan.pipeline import (
     least_seconds,
     one_f_one_b_seconds,
 )
-from paraplan.stage_cost import ChainCost, Runs, StageCost, stage_cost
+from paraplan.stage_cost import StageCost, stage_cost
 
 BOTTLENECK_TOLERANCE = 1e-4  # a looser bound is still a bound; best_cuts decides exactly
 
@@ -149,8 +150,9 @@ def smallest_bottleneck(
     The bound is as tight as bisection makes it, or ``hopeless_seconds`` if it exceeds that.
 
     Bisection over `StageCost.core_seconds`; for each value every stage reaches as far as it can.
-    That time and a stage's memory never shrink when it holds more blocks, so reaching far is
-    never a mistake, and the bound and the verdict are exact.
+    That time and a stage's memory never shrink when it holds more layers, so reaching far is
+    never a mistake, and the bound and the verdict are exact. (They may with the head, so for the
+    last stage nothing less than all that is left is tried.)
     """
     high_cuts = _reach(chain, math.inf)
     if high_cuts is None:
@@ -191,7 +193,8 @@ def _reach(chain: ChainCost, bottleneck: float) -> Cuts | None:
 def _furthest(chain: ChainCost, rank: int, first: int, most: int, bottleneck: float) -> int | None:
     """The last place that a stage from place ``first`` on reaches (indices into the places)."""
     places = chain.shape.places
-    low, high = first, most
+    low = first if rank < chain.layout.pipeline - 1 else max(first, most - 1)
+    high = most
     while low < high:
         middle = (low + high + 1) // 2
         cost = stage_cost(chain, rank, ((places[first], places[middle]),))

@@ -7,6 +7,7 @@ from functools import cached_property
 from math import gcd
 
 from paraplan.block_cost import BlockCompute, BlockCost, block_compute, block_cost
+from paraplan.chain import ChainCost, ChainShape, chain_shape
 from paraplan.cluster import Cluster
 from paraplan.data_traffic import Numerics
 from paraplan.device import Device
@@ -15,8 +16,7 @@ from paraplan.graph import ModelGraph
 from paraplan.layout import Layout
 from paraplan.layout_rules import Constraints, Space
 from paraplan.plan_parts import Workload
-from paraplan.stage_cost import ChainCost, ChainShape, chain_shape
-from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES
+from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES, OPTIMIZER_WORK_BYTES
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Problem:
         return Numerics(
             compute=COMPUTE_BYTES[self.workload.precision],
             optimizer_state=OPTIMIZER_STATE_BYTES[self.workload.optimizer],
+            optimizer_work=OPTIMIZER_WORK_BYTES.get(self.workload.optimizer, 0.0),
         )
 
 
@@ -133,6 +134,8 @@ def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
             device=problem.device,
             cluster=problem.cluster,
             engine=problem.engine,
+            trainable=1 - variant.frozen_parameters / max(1, variant.parameters),
+            expert_padding=_expert_padding(graph, layout),
         )
         for compute, variant in zip(computes_of(problem, layout), variants, strict=True)
     )
@@ -146,7 +149,16 @@ def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
         numerics=problem.numerics,
         capacity_bytes=problem.capacity_bytes,
         modes=problem.constraints.recompute,
+        engine=problem.engine,
     )
+
+
+def _expert_padding(graph: ModelGraph, layout: Layout) -> float:
+    """What experts take as shards of equal size: FSDP2 cuts between experts, never through one."""
+    if not graph.experts or layout.expert > 1:
+        return 1.0
+    each = -(-graph.experts // layout.data_shard)
+    return each * layout.data_shard / graph.experts
 
 
 def _two_kinds(problem: Problem, layout: Layout) -> ChainCost:

@@ -4,8 +4,8 @@ Layers of one kind are interchangeable, so a choice is how many of each kind run
 With the recompute modes none, selective and full (0, 1, 2), for each kind k of n_k layers::
 
     minimise    sum_k sum_r extra[k, r] * n[k, r]
-    subject to  sum_k sum_r saved[k, r] * n[k, r] + max working[k, r] <= budget
-                (the maximum over the modes in use)
+    subject to  share_m * sum_k sum_r saved[k, r] * n[k, r] + max working[k, r] <= budget_m
+                for each moment m of the step (the maximum over the modes in use)
                 sum_r n[k, r] = n_k
 
 The maximum is handled by trying each of its few possible values as a threshold that forbids the
@@ -46,13 +46,44 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What one moment of a step leaves for the layers.
+
+    Attributes:
+        budget_bytes: for saved activations and work together.
+        share: of the saved activations that are alive.
+        floor_bytes: work that is done then whatever the layers do; one thing at a time.
+        beside_layer_bytes: beside a layer at work; None if none works then.
+    """
+
+    budget_bytes: float
+    share: float = 1.0
+    floor_bytes: float = 0.0
+    beside_layer_bytes: float | None = 0.0
+
+    def lacks(self, saved_bytes: float, working_bytes: float) -> float:
+        """Bytes over the budget; below zero where some are left."""
+        work = self.floor_bytes
+        if self.beside_layer_bytes is not None:
+            work = max(work, working_bytes + self.beside_layer_bytes)
+        return self.share * saved_bytes + work - self.budget_bytes
+
+    def most_saved(self, working_bytes: float) -> float:
+        """Saved bytes that fit beside layers that need ``working_bytes``."""
+        left = -self.lacks(0.0, working_bytes)
+        if self.share == 0.0:
+            return math.inf if left >= 0 else -math.inf
+        return left / self.share
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """A choice of modes; ``counts`` in the order of the kinds.
 
     Attributes:
         extra_seconds: of recomputation, one micro-batch.
         saved_bytes: kept by all layers.
-        working_bytes: the larger of the floor and what the modes in use need.
+        working_bytes: the most that one layer needs in a mode in use.
     """
 
     counts: tuple[Counts, ...]
@@ -61,37 +92,34 @@ class Choice:
     working_bytes: float
 
 
-def cheapest_choice(
-    kinds: Sequence[LayerKind], budget_bytes: float, working_floor_bytes: float
-) -> Choice | None:
-    """The choice with the least extra time that fits, or None.
+def lacking(choice: Choice, rooms: Sequence[Room]) -> float:
+    """Bytes by which a choice misses the tightest room; below zero where it fits."""
+    return max(room.lacks(choice.saved_bytes, choice.working_bytes) for room in rooms)
 
-    Args:
-        budget_bytes: for saved activations and working memory together.
-        working_floor_bytes: working memory that the stage needs whatever its layers do.
-    """
+
+def cheapest_choice(kinds: Sequence[LayerKind], rooms: Sequence[Room]) -> Choice | None:
+    """The choice with the least extra time that fits at every moment, or None."""
     if all(kind.allowed[_NONE] for kind in kinds):
-        plain = tuple((kind.count, 0, 0) for kind in kinds)
-        untouched = choice_of(kinds, plain, working_floor_bytes)
-        if untouched.saved_bytes + untouched.working_bytes <= budget_bytes:
+        untouched = choice_of(kinds, tuple((kind.count, 0, 0) for kind in kinds))
+        if lacking(untouched, rooms) <= 0:
             return untouched
-    least = least_memory_choice(kinds, working_floor_bytes)
-    if least.saved_bytes + least.working_bytes > budget_bytes:
+    if lacking(least_memory_choice(kinds, rooms), rooms) > 0:
         return None
     best: Choice | None = None
-    for threshold in _thresholds(kinds, working_floor_bytes):
+    for threshold in _thresholds(kinds):
         if best is not None and best.extra_seconds == 0:
             break
-        found = _cheapest_below(kinds, budget_bytes - threshold, threshold)
+        room = min(room.most_saved(threshold) for room in rooms)
+        found = _cheapest_below(kinds, room, threshold)
         if found and (best is None or found[0] < best.extra_seconds):
-            best = choice_of(kinds, found[1], working_floor_bytes)
+            best = choice_of(kinds, found[1])
     return best
 
 
-def least_memory_choice(kinds: Sequence[LayerKind], working_floor_bytes: float) -> Choice:
+def least_memory_choice(kinds: Sequence[LayerKind], rooms: Sequence[Room]) -> Choice:
     """The choice that needs the least memory, fit or not."""
     best: Choice | None = None
-    for threshold in _thresholds(kinds, working_floor_bytes):
+    for threshold in _thresholds(kinds):
         counts = []
         for kind in kinds:
             modes = [r for r in range(3) if kind.allowed[r] and kind.working[r] <= threshold]
@@ -100,17 +128,14 @@ def least_memory_choice(kinds: Sequence[LayerKind], working_floor_bytes: float) 
             mode = min(modes, key=lambda r: (kind.saved[r], r))
             counts.append(_uniform(kind.count, mode))
         else:
-            choice = choice_of(kinds, tuple(counts), working_floor_bytes)
-            need = choice.saved_bytes + choice.working_bytes
-            if best is None or need < best.saved_bytes + best.working_bytes:
+            choice = choice_of(kinds, tuple(counts))
+            if best is None or lacking(choice, rooms) < lacking(best, rooms):
                 best = choice
     assert best is not None, "the largest threshold allows every mode"
     return best
 
 
-def choice_of(
-    kinds: Sequence[LayerKind], counts: tuple[Counts, ...], working_floor_bytes: float
-) -> Choice:
+def choice_of(kinds: Sequence[LayerKind], counts: tuple[Counts, ...]) -> Choice:
     """Time and memory of given counts."""
     pairs = list(zip(kinds, counts, strict=True))
     working = [k.working[r] for k, n in pairs for r in range(3) if n[r]]
@@ -118,15 +143,13 @@ def choice_of(
         counts=counts,
         extra_seconds=math.fsum(k.extra[r] * n[r] for k, n in pairs for r in range(3)),
         saved_bytes=math.fsum(k.saved[r] * n[r] for k, n in pairs for r in range(3)),
-        working_bytes=max([working_floor_bytes, *working]),
+        working_bytes=max(working, default=0.0),
     )
 
 
-def _thresholds(kinds: Sequence[LayerKind], floor: float) -> list[float]:
-    values = {floor}
-    for kind in kinds:
-        values.update(max(floor, kind.working[r]) for r in range(3) if kind.allowed[r])
-    return sorted(values)
+def _thresholds(kinds: Sequence[LayerKind]) -> list[float]:
+    """Values that the largest working memory may have."""
+    return sorted({0.0} | {k.working[r] for k in kinds for r in range(3) if k.allowed[r]})
 
 
 def _uniform(count: int, mode: int) -> Counts:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from paraplan.best_cuts import best_cuts
-from paraplan.fitting import fits, leanest, needed_capacity_bytes
+from paraplan.chain import ChainCost
+from paraplan.fitting import any_fits, needed_capacity_bytes
 from paraplan.layout import Layout
 from paraplan.layouts import Family, enumerate_families
 from paraplan.partition import (
@@ -39,7 +40,6 @@ from paraplan.problem import (
     stages_of_kinds,
 )
 from paraplan.solver import SOLVER, Candidate, Solution, solve_mip
-from paraplan.stage_cost import ChainCost
 
 SAME = 1 + 1e-9  # relative slack under which two step times count as equal
 NEAR = 1.005  # layouts whose best stages come this close to the best enter the program
@@ -171,7 +171,7 @@ def _explore(families: Sequence[tuple[Problem, Family]], progress: _Progress) ->
             _examine(item, bound, progress)
             continue
         problem, family = item
-        if not fits(chain_cost(problem, leanest(family))):
+        if not any_fits(problem, family):
             progress.infeasible += len(family.splits)
         else:
             for split in family.splits:

@@ -1,155 +1,21 @@
 """Time and memory of a stage: a run of the chain on one pipeline rank.
 
-`ChainCost` holds the costs of one layout's blocks along the chain; `stage_cost` adds them up
-for a stage and lets `recompute` find the cheapest recomputation that fits. A pipeline rank that
-holds several virtual stages is costed as one stage of several runs.
+`stage_cost` adds up the blocks' costs and lets `recompute` find the cheapest recomputation that
+fits at every moment of `stage_memory`. A pipeline rank that holds several virtual stages is
+costed as one stage of several runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass
 
-from paraplan.block_cost import BlockCost
-from paraplan.cluster import Cluster
-from paraplan.collectives import collective_seconds, transfer_seconds
-from paraplan.data_traffic import Numerics, peers
-from paraplan.device import Device
-from paraplan.graph import RECOMPUTE_MODES, Amount, ModelGraph, Recompute, cut_amounts
+from paraplan.chain import ChainCost, Runs
+from paraplan.collectives import collective_seconds
+from paraplan.data_traffic import peers
 from paraplan.layout import Layout
-from paraplan.plan_parts import MemoryParts
-from paraplan.recompute import (
-    Choice,
-    LayerKind,
-    cheapest_choice,
-    least_memory_choice,
-)
-
-Runs = tuple[tuple[int, int], ...]
-"""Half-open ranges of chain positions, one for each virtual stage of a rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChainShape:
-    """What about a graph's chain does not depend on the layout.
-
-    Attributes:
-        kinds: the block kinds, in order of first appearance.
-        kind_at: index into ``kinds`` of each chain position.
-        roles: role of each kind.
-        counts_before: for each kind, how many stand before each position.
-        cuts: bytes that cross the cut in front of each position.
-        places: positions at which stages may begin or end: every stage holds a layer, which the
-            runtime asks for, and a bridge stays with what follows it.
-    """
-
-    kinds: tuple[str, ...]
-    kind_at: tuple[int, ...]
-    roles: tuple[str, ...]
-    counts_before: tuple[tuple[int, ...], ...]
-    cuts: tuple[Amount, ...]
-    places: tuple[int, ...]
-
-
-def chain_shape(graph: ModelGraph) -> ChainShape:
-    """Index the chain of a graph."""
-    kinds = tuple(dict.fromkeys(item.block for item in graph.chain))
-    index = {kind: i for i, kind in enumerate(kinds)}
-    kind_at = tuple(index[item.block] for item in graph.chain)
-    counts = []
-    for kind in range(len(kinds)):
-        running = [0]
-        for here in kind_at:
-            running.append(running[-1] + (here == kind))
-        counts.append(tuple(running))
-    roles = tuple(graph.blocks[kind].role for kind in kinds)
-    layers = [i for i, kind in enumerate(kind_at) if roles[kind] == "layer"]
-    inner = (
-        i
-        for i in range(1, len(kind_at))
-        if layers and layers[0] < i <= layers[-1] and roles[kind_at[i - 1]] != "bridge"
-    )
-    places = (0, *inner, len(kind_at))
-    return ChainShape(kinds, kind_at, roles, tuple(counts), cut_amounts(graph), places)
-
-
-@dataclass(frozen=True)
-class ChainCost:
-    """The blocks' costs under one layout, along the chain.
-
-    Attributes:
-        costs: by kind, in the order of ``shape.kinds``.
-        modes: recompute modes that layers may use.
-        first_stage: of the pipeline's stages, the first that these devices hold.
-        parts: where stages lie on two kinds of devices, the costs on each kind, in the order of
-            the stages; ``costs`` are then the smaller of both, good for bounds only.
-        memo: stage costs found so far (filled on use).
-    """
-
-    graph: ModelGraph
-    shape: ChainShape
-    layout: Layout
-    costs: tuple[BlockCost, ...]
-    cluster: Cluster
-    device: Device
-    numerics: Numerics
-    capacity_bytes: float
-    modes: tuple[Recompute, ...]
-    first_stage: int = 0
-    parts: tuple[ChainCost, ...] = ()
-    memo: dict[object, StageCost | None] = field(default_factory=dict, compare=False)
-
-    def of_rank(self, rank: int) -> ChainCost:
-        """The costs on the kind of device that holds a pipeline rank."""
-        held = (part for part in reversed(self.parts) if part.first_stage <= rank)
-        return next(held, self)
-
-    def with_capacity(self, capacity_bytes: float) -> ChainCost:
-        """The same on devices with room for so much (of two kinds, the larger one)."""
-        share = capacity_bytes / self.capacity_bytes
-        parts = tuple(part.with_capacity(share * part.capacity_bytes) for part in self.parts)
-        return replace(self, capacity_bytes=capacity_bytes, parts=parts, memo={})
-
-    @cached_property
-    def cut_bytes(self) -> tuple[float, ...]:
-        """What crosses the cut in front of each chain position, one micro-batch."""
-        layout = self.layout
-        sequences = layout.micro_batch_size / layout.context
-        split = layout.tensor if layout.sequence_parallel else 1
-        return tuple(amount.at(sequences) / split for amount in self.shape.cuts)
-
-    @cached_property
-    def plain_seconds(self) -> tuple[float, ...]:
-        """Prefix sums along the chain of forward and backward time without recomputation."""
-        each = [cost.forward + cost.backward["none"] for cost in self.costs]
-        return tuple(accumulate((each[kind] for kind in self.shape.kind_at), initial=0.0))
-
-    @cached_property
-    def budget_bytes(self) -> float:
-        """Bytes that parts other than framework and fragmentation may add up to."""
-        usable = self.capacity_bytes - self.device.framework_memory_bytes.value
-        return usable / (1 + self.device.fragmentation_fraction.value)
-
-    @cached_property
-    def transfer_contention(self) -> float:
-        """Share of a hidden transfer that slows the computation (between nodes: the floor)."""
-        figure = self.device.overlap_contention
-        if self.layout.devices // self.layout.pipeline >= self.cluster.devices_per_node:
-            figure = self.device.overlap_contention_floor
-        return figure.value
-
-    def transfer_seconds(self, stage: int, position: int) -> float:
-        """One direction of the transfer between ``stage`` and the next, cut at ``position``."""
-        if self.parts:
-            return self.of_rank(stage).transfer_seconds(stage, position)
-        size = self.layout.devices // self.layout.pipeline
-        per_node = self.cluster.devices_per_node
-        done = stage + 1 - self.first_stage  # the last stage of a kind ends its last node
-        crosses = size >= per_node or bool(per_node % size) or (done * size) % per_node == 0
-        size_bytes = self.cut_bytes[position]
-        return transfer_seconds(size_bytes, between_nodes=crosses, cluster=self.cluster)
+from paraplan.recompute import Choice, cheapest_choice, least_memory_choice
+from paraplan.stage_memory import StageMemory, stage_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,23 +94,18 @@ def _signature(chain: ChainCost, runs: Runs) -> object:
 
 
 def _stage_cost(chain: ChainCost, depth: float, runs: Runs, forced: bool) -> StageCost | None:
-    shape, costs = chain.shape, chain.costs
+    shape = chain.shape
     counts = [
         sum(before[end] - before[first] for first, end in runs) for before in shape.counts_before
     ]
-    present = [k for k, n in enumerate(counts) if n]
-    layer_kinds = tuple(k for k in present if shape.roles[k] == "layer")
-    parts = _fixed_parts(chain, depth, runs, counts)
-    layers = [_layer_kind(chain, k, counts[k], depth) for k in layer_kinds]
-    others = [k for k in present if k not in layer_kinds]
-    floor = max((_working_floor(costs[k], shape.roles[k]) for k in others), default=0.0)
-    budget = chain.budget_bytes - sum(parts.values())
-    choice = cheapest_choice(layers, budget, floor)
+    memory = stage_memory(chain, depth, runs, counts)
+    rooms = memory.rooms(chain.budget_bytes)
+    choice = cheapest_choice(memory.layers, rooms)
     if choice is None:
         if not forced:
             return None
-        choice = least_memory_choice(layers, floor)
-    return _assemble(chain, runs, counts, choice, layer_kinds, parts)
+        choice = least_memory_choice(memory.layers, rooms)
+    return _assemble(chain, runs, counts, choice, memory)
 
 
 def _assemble(
@@ -252,14 +113,12 @@ def _assemble(
     runs: Runs,
     counts: Sequence[int],
     choice: Choice,
-    layer_kinds: tuple[int, ...],
-    parts: dict[str, float],
+    memory: StageMemory,
 ) -> StageCost:
     costs, device = chain.costs, chain.device
-    kind_at = chain.shape.kind_at
-    parts = dict(parts)
-    parts["activations"] += choice.saved_bytes
-    parts["working"] = choice.working_bytes
+    kind_at, roles = chain.shape.kind_at, chain.shape.roles
+    layer_kinds = tuple(k for k, n in enumerate(counts) if n and roles[k] == "layer")
+    parts = memory.parts(choice)
     framework = device.framework_memory_bytes.value
     parts["fragmentation"] = device.fragmentation_fraction.value * sum(parts.values())
     parts["framework"] = framework
@@ -282,87 +141,6 @@ def _assemble(
     )
 
 
-def _working_floor(cost: BlockCost, role: str) -> float:
-    """Working memory of a block that never recomputes.
-
-    The head's forward and backward follow each other at once, so that what it saves lives only
-    while it works and never waits in flight.
-    """
-    compute = cost.compute
-    return compute.peak_bytes if role == "head" else compute.working_bytes["none"]
-
-
-def _layer_kind(chain: ChainCost, kind: int, count: int, depth: float) -> LayerKind:
-    cost = chain.costs[kind]
-    saved = [depth * cost.compute.saved_bytes[mode] for mode in RECOMPUTE_MODES]
-    extra = [cost.backward[mode] - cost.backward["none"] for mode in RECOMPUTE_MODES]
-    working = [cost.compute.working_bytes[mode] for mode in RECOMPUTE_MODES]
-    allowed = [mode in chain.modes for mode in RECOMPUTE_MODES]
-    return LayerKind(
-        count=count,
-        saved=(saved[0], saved[1], saved[2]),
-        extra=(extra[0], extra[1], extra[2]),
-        working=(working[0], working[1], working[2]),
-        allowed=(allowed[0], allowed[1], allowed[2]),
-    )
-
-
-def _fixed_parts(
-    chain: ChainCost, depth: float, runs: Runs, counts: Sequence[int]
-) -> dict[str, float]:
-    """Memory that does not depend on the recompute choice (see `MemoryParts`)."""
-    costs, shape = chain.costs, chain.shape
-    pairs = list(zip(counts, costs, strict=True))
-    tied = chain.graph.tied_parameters / chain.layout.tensor if _holds_copy(chain, runs) else 0.0
-    copy = tied / chain.layout.data_shard
-    others = (
-        depth * n * cost.compute.saved_bytes["none"]
-        for k, (n, cost) in enumerate(pairs)
-        if n and shape.roles[k] in ("embedding", "bridge")
-    )
-    # A send and a receive buffer towards each neighbour; the widest cut, so that a stage never
-    # needs less memory for holding more blocks.
-    buffers = 4 * max(chain.cut_bytes) if chain.layout.pipeline > 1 else 0.0
-    axes = (
-        chain.layout.tensor,
-        chain.layout.data_shard,
-        chain.layout.data_replicate,
-        chain.layout.context,
-        chain.layout.pipeline,
-    )
-    communicators = sum(size > 1 for size in axes)
-    return {
-        "parameters": sum(n * cost.parameter_bytes for n, cost in pairs) + 4 * copy,
-        "gradients": sum(n * cost.gradient_bytes for n, cost in pairs) + 4 * copy,
-        "optimizer": sum(n * cost.optimizer_bytes for n, cost in pairs)
-        + chain.numerics.optimizer_state * copy,
-        "activations": sum(others),
-        "gathered_parameters": sum(n * cost.resident_bytes for n, cost in pairs)
-        + _gather_peak(chain, runs)
-        + max((cost.reduce_bytes for n, cost in pairs if n), default=0.0),
-        "communication": buffers + communicators * chain.device.communicator_memory_bytes.value,
-    }
-
-
-def _holds_copy(chain: ChainCost, runs: Runs) -> bool:
-    """Whether the stage holds a second copy of the tied embedding."""
-    last = len(chain.shape.kind_at)
-    return bool(chain.graph.tied_parameters) and runs[-1][1] == last and runs[0][0] != 0
-
-
-def _gather_peak(chain: ChainCost, runs: Runs) -> float:
-    """Unsharded parameters at once: a block at work and the one gathered ahead of it."""
-    if chain.layout.zero_stage != 3:
-        return 0.0
-    sizes = [cost.gather_bytes for cost in chain.costs]
-    kind_at = chain.shape.kind_at
-    return max(
-        sizes[kind_at[i]] + (sizes[kind_at[i + 1]] if i + 1 < end else 0.0)
-        for first, end in runs
-        for i in range(first, end)
-    )
-
-
 def _tied_exchange_seconds(chain: ChainCost, runs: Runs) -> float:
     """First and last stage add up the gradients of the weight they share, once a step."""
     layout, graph = chain.layout, chain.graph
@@ -374,8 +152,3 @@ def _tied_exchange_seconds(chain: ChainCost, runs: Runs) -> float:
     group = peers(2, stride, chain.cluster.devices_per_node)
     size = 4 * graph.tied_parameters / layout.tensor / layout.data_shard
     return collective_seconds("all_reduce", size, group, chain.cluster)
-
-
-def memory_parts(stage: StageCost) -> MemoryParts:
-    """A stage's memory in whole bytes."""
-    return MemoryParts(**{name: round(value) for name, value in stage.parts.items()})

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from paraplan.block_cost import Beside, Pass
+from paraplan.chain import ChainCost
 from paraplan.graph import RECOMPUTE_MODES, Recompute
 from paraplan.search import Found
 from paraplan.simulate import StageSeconds, simulated_seconds
-from paraplan.stage_cost import ChainCost
 
 
 class StageTimes(NamedTuple):

@@ -18,11 +18,12 @@ Role = Literal["column", "row", "experts", "vocabulary_embedding", "vocabulary_h
 class RoleCall:
     """One call of a module that tensor parallelism splits.
 
-    ``input_number`` names the storage of its input; bytes are of the whole tensors.
+    ``input_number`` and ``output_number`` name storages; bytes are of the whole tensors.
     """
 
     role: Role
     input_number: int
+    output_number: int
     input_bytes: int
     output_bytes: int
 
@@ -41,6 +42,7 @@ class Part:
         parameters: name -> elements on this tensor rank.
         parameter_numbers: storages of the parameters.
         parameter_gradients: storages of the gradients of its parameters.
+        frozen: names of the parameters without gradients.
         role_calls: what tensor parallelism exchanges.
         made: its result; a layer of the same kind makes the same again.
     """
@@ -54,6 +56,7 @@ class Part:
     parameters: dict[str, int] = field(default_factory=dict)
     parameter_numbers: dict[int, str] = field(default_factory=dict)
     parameter_gradients: set[int] = field(default_factory=set)
+    frozen: set[str] = field(default_factory=set)
     role_calls: list[RoleCall] = field(default_factory=list)
     made: Any = None
 

@@ -304,6 +304,7 @@ class _Pass:
     def _backward(self, part: Part, outputs: list[Tensor], inputs: list[Tensor]) -> list[bool]:
         """Record the gradients of a part; says which inputs have one."""
         numbers = [n for n in part.parameter_numbers if n in self.trainable]
+        part.frozen = {name for n, name in part.parameter_numbers.items() if n not in numbers}
         wanted = [self.trainable[n] for n in numbers]
         with self.recorder.into(part.log, "backward"):
             seeds = [None if t.dim() == 0 else torch.empty_like(t) for t in outputs]
@@ -363,6 +364,7 @@ class _Pass:
             RoleCall(
                 role,
                 self.recorder.number(source),
+                self.recorder.number(result),
                 touched_bytes(source),
                 touched_bytes(result),
             )

@@ -133,11 +133,27 @@ def rebuilding(
     return rerun, kept
 
 
+def _partial_sums(part: Part) -> set[int]:
+    """Products that tensor ranks have yet to add up: whole on each, whatever becomes of the sum."""
+    return {call.output_number for call in part.role_calls if call.role == "row"} & _products(part)
+
+
+def _products(part: Part) -> set[int]:
+    """Results of matrix products and attention in the forward."""
+    return {
+        number
+        for call in part.log.calls
+        if call.phase == "forward" and call.kernel.kind != "memory"
+        for number in call.writes
+        if number in part.log.births
+    }
+
+
 def peak_bytes(part: Part) -> int:
-    """Most bytes alive at once, parameters and their gradients left out."""
+    """Most bytes alive at once, parameters left out."""
     log = part.log
     saved = saved_storages(part)
-    ignored = set(part.parameter_gradients)
+    ignored: set[int] = set()
     live = sum(size for n, size in part.inputs.items() if n in saved)
     peak = live
     for index, (number, change) in enumerate(log.events):
@@ -169,7 +185,8 @@ def block_variant(
         inner = saved - bounds
         reruns["full"], _ = rebuilding(two, inner, keep_products=False)
         reruns["selective"], kept = rebuilding(two, inner, keep_products=True)
-        modes["selective"], modes["full"] = kept | bounds, bounds
+        # torch keeps every product's result, whether or not it is wanted again.
+        modes["selective"], modes["full"] = kept | _products(two) | bounds, bounds
     expert = {
         two.parameter_numbers[n]
         for call in two.log.calls
@@ -180,8 +197,12 @@ def block_variant(
     return BlockVariant(
         ops=_ops(traced, reruns, degree),
         parameters=sum(two.parameters[name] for name in owned),
+        frozen_parameters=sum(two.parameters[name] for name in owned if name in two.frozen),
         expert_parameters=sum(two.parameters[name] for name in owned if name in expert),
-        saved={mode: _saved(traced, numbers) for mode, numbers in modes.items()},
+        saved={
+            mode: _saved(traced, numbers, _partial_sums(two) if mode == "selective" else set())
+            for mode, numbers in modes.items()
+        },
         peak_bytes=amount(peak_bytes(traced.one), peak_bytes(two)),
         collectives=_collectives(traced) if degree > 1 else (),
         expert_dispatch_bytes=_dispatch(traced),
@@ -274,7 +295,7 @@ def _by_place(calls: list[Call], base: list[Call]) -> dict[int, Call]:
     return {at: call for at, call in zip(order, calls, strict=True) if at is not None}
 
 
-def _saved(traced: Traced, numbers: set[int]) -> Saved:
+def _saved(traced: Traced, numbers: set[int], partial_sums: set[int]) -> Saved:
     two = traced.two
     base = two.log.calls
     own = list(range(len(base)))
@@ -282,7 +303,7 @@ def _saved(traced: Traced, numbers: set[int]) -> Saved:
     whole = sizes_by_place(traced.whole, aligned(traced.whole.log.calls, base))
     places = places_of(two, list(own))
     sizes = two.log.births | two.inputs
-    gathered = {c.input_number for c in two.role_calls if c.role in _COLUMNS}
+    gathered = partial_sums | {c.input_number for c in two.role_calls if c.role in _COLUMNS}
     gathered |= {n for call in base if call.marked for n in call.writes}
     sums = {"sharded": [0, 0], "replicated": [0, 0], "gathered": [0, 0]}
     for number in numbers:

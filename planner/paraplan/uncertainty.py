@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from paraplan.chain import ChainCost
 from paraplan.graph import Recompute
 from paraplan.plan_parts import Interval
-from paraplan.stage_cost import ChainCost
 
 COVERAGE = 0.8
 BUSY = (0.85, 0.65)

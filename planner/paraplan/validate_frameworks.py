@@ -94,7 +94,13 @@ FRAMEWORKS: tuple[Framework, ...] = (
         tied=True,
         calls=40,
         # The backward's exchanges run beside the products of the weights' gradients.
-        engine=Engine(overlaps_data=False, gradient_bytes=4, reruns_whole=True, hidden_tensor=0.4),
+        engine=Engine(
+            overlaps_data=False,
+            gradient_bytes=4,
+            reruns_whole=True,
+            hidden_tensor=0.4,
+            keeps_outputs=False,
+        ),
     ),
     Framework(
         "Megatron-LM of 2021",
@@ -140,7 +146,13 @@ FRAMEWORKS: tuple[Framework, ...] = (
         calls=20,
         attention="cudnn",
         # User buffers: tensor exchanges in pieces beside the products. Gradients stay in bf16.
-        engine=Engine(hidden_tensor=0.6, reduce_bytes=2, gradient_bytes=2, shards_context=True),
+        engine=Engine(
+            hidden_tensor=0.6,
+            reduce_bytes=2,
+            gradient_bytes=2,
+            shards_context=True,
+            keeps_outputs=False,
+        ),
     ),
 )
 """First match counts."""

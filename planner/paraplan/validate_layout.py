@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from paraplan.chain import ChainCost
 from paraplan.cluster import Cluster
 from paraplan.engine import Engine
 from paraplan.layout import Layout, Schedule
 from paraplan.partition import Cuts, Staged
-from paraplan.stage_cost import ChainCost
 from paraplan.validate_model import tensor_reason
 from paraplan.validate_ops import ModelSizes
 from paraplan.validate_rows import Row, Unusable

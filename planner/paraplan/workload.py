@@ -19,6 +19,10 @@ OPTIMIZER_STATE_BYTES: dict[str, float] = {
 }
 """Bytes of optimizer state per parameter, fp32 master weights not included."""
 
+OPTIMIZER_WORK_BYTES: dict[str, float] = {"adamw": 4, "adam": 4}
+"""Temporaries per parameter during the update: torch's ``foreach`` Adam, its default on GPUs,
+takes the square root of all second moments at once (torch/optim/adam.py). Others: none."""
+
 COMPUTE_DTYPE: dict[Precision, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """torch's name of the dtype that matrix products and activations use."""
 
