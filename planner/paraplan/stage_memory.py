@@ -151,12 +151,15 @@ def _moments(
     first = dict(held, gradients=0.0) if early else held
     heads = [cost for _, cost in by_role["head"]]
     others = [cost for role in ("embedding", "bridge") for _, cost in by_role[role]]
-    # Whole gradients that accumulate are freed as they are copied to be reduced: nothing is added.
+    # Whole gradients that accumulate are freed as they are copied to be reduced, which adds their
+    # shards only; the last micro-batch does it, beside no other's activations.
     deferred = layout.zero_stage <= 1 and layout.micro_batches > 1
-    reduced = 0.0 if deferred else 1.0
+    reduced = 1.0
+    if deferred:
+        reduced = 1 / layout.data_shard if depth <= 1 else 0.0
     layer = reduced * max((cost.reduce_bytes for _, cost in by_role["layer"]), default=0.0)
     carried = 0.0  # what the micro-batch before reduced last; with a head that is a norm
-    if not early and (others or not heads):
+    if not early and not deferred and (others or not heads):
         carried = reduced * opening.reduce_bytes
     before = max((reduced * cost.reduce_bytes for cost in heads), default=carried)
     one_layer = 1 / (max(1, number) * depth)  # of all saved activations
