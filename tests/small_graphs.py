@@ -70,7 +70,7 @@ def layer(tokens: int, hidden: int, ffn: int, *, tensor_degrees: tuple[int, ...]
                 "selective": Saved(sharded=Amount(0, part), replicated=Amount(0, 2 * whole)),
                 "full": Saved(replicated=Amount(0, whole)),
             },
-            peak_bytes=Amount(0, 13 * whole + 4 * part),
+            peak_bytes=(Amount(0, 13 * whole + 4 * part),),
             collectives=(message, message.model_copy(update={"phase": "backward"}))
             if t > 1
             else (),
@@ -98,7 +98,7 @@ def _end(
                 mode: Saved(sharded=Amount(0, logits), replicated=Amount(0, 8 * tokens))
                 for mode in ("none", "selective", "full")
             },
-            peak_bytes=Amount(0, 2 * logits + 16 * tokens),
+            peak_bytes=(Amount(0, 2 * logits + 16 * tokens),),
         )
     return Block(role=role, variants=variants)  # type: ignore[arg-type]
 

@@ -112,8 +112,8 @@ def block_compute(
     # gradients of parameters, which do not depend on the tokens, stay.
     whole = _saved_bytes(variant, "none", sequences, 1)
     shrunk = saved["none"] / whole if whole else 1.0
-    peak = variant.peak_bytes.fixed + shrunk * variant.peak_bytes.per_sequence * sequences
-    peak = max(peak, saved["none"])
+    peaks = [each.fixed + shrunk * each.per_sequence * sequences for each in variant.peak_bytes]
+    peak = max(*peaks, saved["none"])
     return BlockCompute(
         forward=_run(
             forward,

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever the meaning of a field changes, so that older cached graphs are rebuilt."""
 
 Recompute = Literal["none", "selective", "full"]
@@ -111,7 +111,8 @@ class BlockVariant(_Frozen):
         saved: what the forward keeps, by recompute mode.
         peak_bytes: most bytes alive at once during this block's forward and backward without
             recompute: saved activations, temporaries and the gradients of parameters made so far
-            (in the compute dtype), but not the parameters.
+            (in the compute dtype), but not the parameters. Which moment is the peak depends on
+            the micro-batch: the largest of these.
         collectives: tensor-parallel exchanges (empty at degree 1).
         expert_dispatch_bytes: bytes each device sends in one all-to-all of routed tokens
             (dispatch and combine, forward and backward: four such exchanges).
@@ -122,7 +123,7 @@ class BlockVariant(_Frozen):
     expert_parameters: int = 0
     frozen_parameters: int = 0
     saved: dict[Recompute, Saved]
-    peak_bytes: Amount
+    peak_bytes: tuple[Amount, ...]
     collectives: tuple[Collective, ...] = ()
     expert_dispatch_bytes: Amount = Amount()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -149,13 +149,26 @@ def _products(part: Part) -> set[int]:
     }
 
 
-def peak_bytes(part: Part) -> int:
-    """Most bytes alive at once, parameters left out."""
+def peak_amounts(traced: Traced) -> tuple[Amount, ...]:
+    """Bytes alive at each moment that is the peak at some micro-batch size, parameters left out."""
+    one, two = list(live_bytes(traced.one)), list(live_bytes(traced.two))
+    if len(one) != len(two):
+        return (amount(max(one), max(two)),)
+    moments = {amount(*pair) for pair in zip(one, two, strict=True)}
+    kept: list[Amount] = []
+    for moment in sorted(moments, key=lambda m: (m.per_sequence, m.fixed), reverse=True):
+        if not kept or moment.fixed > kept[-1].fixed:
+            kept.append(moment)
+    return tuple(kept)
+
+
+def live_bytes(part: Part) -> Iterator[int]:
+    """Bytes alive after each allocation and release, parameters left out."""
     log = part.log
     saved = saved_storages(part)
     ignored: set[int] = set()
     live = sum(size for n, size in part.inputs.items() if n in saved)
-    peak = live
+    yield live
     for index, (number, change) in enumerate(log.events):
         if index == log.forward_events:  # results now belong to the parts that read them
             gone = {n for n in part.outputs if n in log.births} - saved
@@ -163,8 +176,7 @@ def peak_bytes(part: Part) -> int:
             ignored |= gone
         if number not in ignored:
             live += change
-            peak = max(peak, live)
-    return peak
+            yield live
 
 
 def block_variant(
@@ -203,7 +215,7 @@ def block_variant(
             mode: _saved(traced, numbers, _partial_sums(two) if mode == "selective" else set())
             for mode, numbers in modes.items()
         },
-        peak_bytes=amount(peak_bytes(traced.one), peak_bytes(two)),
+        peak_bytes=peak_amounts(traced),
         collectives=_collectives(traced) if degree > 1 else (),
         expert_dispatch_bytes=_dispatch(traced),
     )

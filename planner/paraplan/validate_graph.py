@@ -118,7 +118,7 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
         ops=tuple(ops),
         parameters=parameters,
         saved=saved,
-        peak_bytes=per_sequence(peak),
+        peak_bytes=(per_sequence(peak),),
         collectives=_exchanges(message, 2, 2) if tensor > 1 else (),
     )
 
@@ -190,7 +190,7 @@ def _embedding(sizes: ModelSizes, tensor: int) -> BlockVariant:
         ),
         parameters=0 if sizes.adapter else sizes.vocab * sizes.hidden // tensor,
         saved=dict.fromkeys(("none", "selective", "full"), saved),
-        peak_bytes=per_sequence(x),
+        peak_bytes=(per_sequence(x),),
         collectives=_exchanges(per_sequence(x), 1, 0) if tensor > 1 else (),
     )
 
@@ -211,6 +211,6 @@ def _head(sizes: ModelSizes, tensor: int) -> BlockVariant:
         ops=tuple(ops),
         parameters=0 if sizes.tied or sizes.adapter else sizes.vocab * h // tensor,
         saved=dict.fromkeys(("none", "selective", "full"), saved),
-        peak_bytes=per_sequence(peak * logits + 3 * x),
+        peak_bytes=(per_sequence(peak * logits + 3 * x),),
         collectives=_exchanges(per_sequence(x), 0, 1) if tensor > 1 else (),
     )
