@@ -27,6 +27,7 @@ trace_cache
 layout_rules recompute engine
 layouts
 data_traffic
+block_compute
 block_cost
 chain
 stage_memory

@@ -129,7 +129,7 @@ def test_a_link_table_of_one_size_still_answers() -> None:
 def test_the_scale_of_whole_layers_lengthens_blocks() -> None:
     from small_graphs import small_graph
 
-    from paraplan.block_cost import block_compute
+    from paraplan.block_compute import block_compute
     from paraplan.layout import Layout
 
     cluster, made = made_cluster()

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd
 
-from paraplan.block_cost import BlockCompute, BlockCost, block_compute, block_cost
+from paraplan.block_compute import BlockCompute, block_compute
+from paraplan.block_cost import BlockCost, block_cost
 from paraplan.chain import ChainCost, ChainShape, chain_shape
 from paraplan.cluster import Cluster
 from paraplan.data_traffic import Numerics

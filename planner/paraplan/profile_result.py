@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from paraplan.block_cost import block_compute
+from paraplan.block_compute import block_compute
 from paraplan.cluster import Cluster
 from paraplan.device import Device
 from paraplan.graph import ModelGraph, attention_pairs

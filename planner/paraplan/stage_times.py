@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from paraplan.block_cost import Beside, Pass
+from paraplan.block_compute import Pass
+from paraplan.block_cost import Beside
 from paraplan.chain import ChainCost
 from paraplan.graph import RECOMPUTE_MODES, Recompute
 from paraplan.search import Found

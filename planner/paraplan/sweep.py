@@ -28,7 +28,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from paraplan.block_cost import BlockCompute
+from paraplan.block_compute import BlockCompute
 from paraplan.describe import rounded
 from paraplan.errors import InfeasibleError, InputError, PlanError
 from paraplan.files import write_atomically
