@@ -50,6 +50,8 @@ def test_adapters_are_planned_as_such() -> None:
     assert found.plan.model.trainable_parameter_count == adapters
     assert found.plan.model.parameter_count == whole.model.parameter_count + adapters
     assert found.plan.layout.tensor == 1
+    adapter_states = found.plan.stages[0].memory.optimizer + found.plan.stages[0].memory.gradients
+    assert adapter_states <= 3 * 4 * adapters  # at most both moments and a gradient, each fp32
     again = plan(model)
     assert again.origin.startswith("cached") and again.plan == found.plan
 
