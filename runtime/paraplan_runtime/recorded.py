@@ -186,6 +186,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             meta_args, meta_kwargs = tree_map(self._on_meta, (tuple(args), dict(kwargs)))
             result = func(*meta_args, **meta_kwargs)
         except (NotImplementedError, RuntimeError):
+            # No kernel for shapes alone, or a shape that depends on the numbers. A call that is
+            # wrong in itself raises again here.
             return self._run_really(func, args, kwargs, written)
         if not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
             return self._run_really(func, args, kwargs, written)
