@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,31 +24,37 @@ def free_port() -> int:
         return port
 
 
-def two_machines(folder: Path, *script: str) -> list[str]:
-    """What each of two agents printed; each starts half of the ranks."""
-    endpoint = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, *TORCHRUN, "--nnodes=2", f"--rdzv-endpoint={endpoint}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-id=two", "--nproc-per-node=2", *script]
-    settings = {"PARAPLAN_DEVICES": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    agents = [
+def run_together(folder: Path, starts: Sequence[tuple[Sequence[str], dict[str, str]]]) -> list[str]:
+    """What commands that run at the same time print, each with variables of its own."""
+    started = [
         subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             cwd=folder,
-            env=environment(folder) | settings,
+            env=environment(folder) | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(2)
+        for arguments, variables in starts
     ]
     try:
-        said = [agent.communicate(timeout=LIMIT_SECONDS)[0] for agent in agents]
+        said = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in started]
     finally:
-        for agent in agents:
-            agent.kill()
-            agent.wait()
-    assert [agent.returncode for agent in agents] == [0, 0], said[0][-2000:] + said[1][-2000:]
+        for process in started:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in started]
+    assert codes == [0] * len(codes), "\n".join(text[-2000:] for text in said)
     return said
+
+
+def two_machines(folder: Path, *script: str) -> list[str]:
+    """What each of two agents printed; each starts half of the ranks."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    command = [*TORCHRUN, "--nnodes=2", f"--rdzv-endpoint={endpoint}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-id=two", "--nproc-per-node=2", *script]
+    settings = {"PARAPLAN_DEVICES": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    return run_together(folder, [(command, settings)] * 2)
 
 
 def test_it_joins_what_torchrun_started(tmp_path: Path) -> None:
@@ -113,24 +119,10 @@ def test_it_joins_what_others_started(
 ) -> None:
     first = variables(0)
     shared = {key: first[key] for key in ("SLURM_JOB_ID", "MASTER_PORT") if key in first}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, "end"],
-            cwd=tmp_path,
-            env=environment(tmp_path) | variables(rank) | shared | {"PARAPLAN_DEVICES": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=LIMIT_SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    shared["PARAPLAN_DEVICES"] = "cpu"
+    said = run_together(
+        tmp_path, [([SCRIPT, "end"], variables(rank) | shared) for rank in range(2)]
+    )
     assert "ranks=2" in said[0] and said[1] == "", "one rank is heard"
 
 
