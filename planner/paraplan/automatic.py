@@ -12,13 +12,14 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from paraplan.device import load_device
-from paraplan.errors import InputError, PlanError
+from paraplan.errors import FrozenLayerError, InputError, PlanError
 from paraplan.plan_file import Plan, load_plan, plan_from_json, plan_to_json, save_plan
 from paraplan.planning import plan_request
 from paraplan.request import GIB, Request
@@ -158,11 +159,8 @@ def _plan_as_trained(request: Request, first: FirstBatch) -> Plan:
     training all of it, which needs more memory.
     """
     if _frozen(first.model):
-        try:
+        with suppress(FrozenLayerError):
             return plan_request(replace(request, model=_offer_module(first)))
-        except InputError as error:
-            if "frozen" not in str(error):
-                raise
     return plan_request(request)
 
 

@@ -32,3 +32,7 @@ class InfeasibleError(PlanError):
 
 class ImpossibleError(InputError):
     """The pinned layout cannot be, whatever the memory: its hint or message says by which rule."""
+
+
+class FrozenLayerError(InputError):
+    """A whole layer has nothing to train, which the tracer does not follow."""

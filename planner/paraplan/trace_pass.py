@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paraplan.errors import InputError
+from paraplan.errors import FrozenLayerError, InputError
 from paraplan.trace_kernels import tensors_in, touched_bytes
 from paraplan.trace_parts import Part, PassTrace, Role, RoleCall, Step, Subject
 from paraplan.trace_record import Recorder
@@ -239,7 +239,9 @@ class _Pass:
         results = {recorder.number(t): t for t in tensors_in((result,))}
         outputs = {n: t for n, t in results.items() if t.requires_grad and n not in part.inputs}
         if not outputs:
-            raise InputError(f"layer {path} has nothing to train: frozen layers are not supported")
+            raise FrozenLayerError(
+                f"layer {path} has nothing to train: frozen layers are not supported"
+            )
         part.kept_outputs = {  # constants that it makes for the layers behind it
             n for n, t in results.items() if not t.requires_grad and n in part.log.births
         }
