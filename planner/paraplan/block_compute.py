@@ -88,6 +88,9 @@ def block_compute(
     reruns: dict[Recompute, Pass] = {"none": Pass()}
     for mode in RECOMPUTE_MODES[1:]:
         again = [(op, s) for op, s in forward if mode in op.reruns]
+        if not again:  # nor are there exchanges to do again
+            reruns[mode] = Pass()
+            continue
         full = mode == "full"
         reruns[mode] = _run(
             again,

@@ -31,6 +31,7 @@ class Framework:
         fused_loss: cross entropy is one kernel that leaves its gradient in the logits.
         calls: launches of a layer's forward that are listed nowhere as ops (views, casts, copies,
             random states, the Python between them); a backward has twice as many.
+        exchange_calls: the same for each of a layer's tensor exchanges in the forward.
         gradient_bytes: moved for each parameter to add a micro-batch's gradient to the sum; 0
             where the product's own kernel adds it.
         attention: implementation where a row says only ``flash``.
@@ -49,6 +50,7 @@ class Framework:
     gated: bool | None = None
     tied: bool | None = None
     calls: int = 20
+    exchange_calls: int = 0
     gradient_bytes: int = 0
     attention: str = "flash-attention-2"
     keeps_gathered: float = 1.0
@@ -76,7 +78,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
         kernels="fused",
         gated=False,
         tied=True,
-        calls=40,
+        calls=36,
+        exchange_calls=3,
         gradient_bytes=6,
         engine=Engine(
             overlaps_data=False,

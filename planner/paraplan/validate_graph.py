@@ -47,20 +47,31 @@ def _layer_parameters(sizes: ModelSizes, tensor: int) -> int:
 
 
 @cache
-def closed_form_graph(sizes: ModelSizes, tensor: int) -> ModelGraph:
-    """The graph with variants for degree 1 and ``tensor``."""
+def closed_form_graph(
+    sizes: ModelSizes, tensor: int, kept: frozenset[int] = frozenset()
+) -> ModelGraph:
+    """The graph with variants for degree 1 and ``tensor``.
+
+    Args:
+        kept: layers, from 0, that recompute nothing whatever the others do.
+    """
     degrees = sorted({1, tensor})
     blocks = {
         "embedding": Block(role="embedding", variants={t: _embedding(sizes, t) for t in degrees}),
         "layer": Block(role="layer", variants={t: _layer(sizes, t) for t in degrees}),
+        "kept layer": Block(
+            role="layer", variants={t: _keeping(_layer(sizes, t)) for t in degrees}
+        ),
         "head": Block(role="head", variants={t: _head(sizes, t) for t in degrees}),
     }
-    names = ("embedding", *("layer",) * sizes.layers, "head")
+    layers = ["kept layer" if i in kept else "layer" for i in range(sizes.layers)]
+    names = ("embedding", *layers, "head")
+    blocks = {name: block for name, block in blocks.items() if name in names}
     modules = ("embedding", *(f"layers.{i}" for i in range(sizes.layers)), "head")
     residual = per_sequence(2 * sizes.sequence_length * sizes.hidden)
     count = parameter_count(sizes)
     flops = sum(
-        op_flops(op, 1) * op.count * (sizes.layers if name == "layer" else 1)
+        op_flops(op, 1) * op.count * names.count(name)
         for name, block in blocks.items()
         for op in block.variants[1].ops
     )
@@ -104,7 +115,7 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     ops += [*norm_ops(sizes, pointwise), *product(sizes, up, h, dtype)]
     ops += product(sizes, h, ffn, dtype)
     ops += pointwise_ops(sizes, ffn, width, pointwise)
-    ops += small_calls(sizes.framework.calls)
+    ops += small_calls(_layer_calls(sizes, tensor))
     saved = _saved(sizes, tensor, up, ffn, width)
     parameters = _layer_parameters(sizes, tensor)
     if sizes.adapter:
@@ -120,6 +131,21 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
         saved=saved,
         peak_bytes=(per_sequence(peak),),
         collectives=_exchanges(message, 2, 2) if tensor > 1 else (),
+    )
+
+
+def _layer_calls(sizes: ModelSizes, tensor: int) -> int:
+    framework = sizes.framework
+    return framework.calls + (2 * framework.exchange_calls if tensor > 1 else 0)
+
+
+def _keeping(layer: BlockVariant) -> BlockVariant:
+    """The layer without anything to recompute."""
+    return layer.model_copy(
+        update={
+            "ops": tuple(op.model_copy(update={"reruns": ()}) for op in layer.ops),
+            "saved": dict.fromkeys(layer.saved, layer.saved["none"]),
+        }
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from paraplan.graph import Recompute
 from paraplan.validate_frameworks import Framework, framework_of
 from paraplan.validate_graph import parameter_count
 from paraplan.validate_ops import ModelSizes
@@ -116,24 +115,3 @@ def tensor_reason(sizes: ModelSizes, tensor: int) -> str | None:
     if sizes.heads % tensor or sizes.ffn % tensor:
         return f"{sizes.heads} heads and ffn {sizes.ffn} do not divide over tensor({tensor})"
     return None
-
-
-def recompute_of(row: Row) -> Recompute:
-    """The recompute mode of all layers.
-
-    Raises:
-        Unusable: unknown, or of some layers only.
-    """
-    text = row.text("recompute")
-    known: dict[str, Recompute] = {
-        "": "none",
-        "none": "none",
-        "none/unknown": "none",
-        "selective": "selective",
-        "selective(op)": "selective",
-        "full": "full",
-        "full(remat)": "full",
-    }
-    if text not in known:
-        raise Unusable(f"recompute {text}")
-    return known[text]

@@ -12,7 +12,8 @@ from paraplan.uncertainty import computing_share, kind_of
 from paraplan.validate_graph import closed_form_graph
 from paraplan.validate_layout import comparable_gib, cuts_of, engine_of, layout_of
 from paraplan.validate_machines import Machines
-from paraplan.validate_model import recompute_of, sizes_of
+from paraplan.validate_model import sizes_of
+from paraplan.validate_recompute import kept_layers, recompute_of
 from paraplan.validate_rows import Row, Unusable
 from paraplan.workload import make_workload
 
@@ -85,7 +86,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     layout = layout.model_copy(update={"pipeline": (len(cuts) - 1) // layout.virtual_stages})
     precision: Precision = "fp16" if sizes.dtype == "float16" else "bf16"
     problem = Problem(
-        graph=closed_form_graph(sizes, layout.tensor),
+        graph=closed_form_graph(sizes, layout.tensor, kept_layers(row, sizes, cuts)),
         cluster=cluster,
         device=device,
         workload=make_workload(
