@@ -29,6 +29,7 @@ class Framework:
         fused_norm: norms are one kernel even where the rest is eager.
         gated, tied: of its models, where it has one kind only; else the parameter count decides.
         fused_loss: cross entropy is one kernel that leaves its gradient in the logits.
+        whole_logits: tensor ranks gather the logits, and each computes the loss over all of them.
         calls: launches of a layer's forward that are listed nowhere as ops (views, casts, copies,
             random states, the Python between them); a backward has twice as many.
         exchange_calls: the same for each of a layer's tensor exchanges in the forward.
@@ -47,6 +48,7 @@ class Framework:
     kernels: Kernels = "eager"
     fused_norm: bool = False
     fused_loss: bool = False
+    whole_logits: bool = False
     gated: bool | None = None
     tied: bool | None = None
     calls: int = 20
@@ -119,6 +121,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         words=("aleph alpha", "hagemann"),
         gated=True,
         tied=False,
+        whole_logits=True,
         calls=40,
         gradient_bytes=6,  # bf16, as the sum
         engine=Engine(overlaps_data=False, tensor_bytes=4, gradient_bytes=2, reruns_whole=True),

@@ -124,7 +124,7 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     message = per_sequence(2 * s * h)
     none = saved["none"]
     kept_bytes = sum(a.per_sequence for a in (none.sharded, none.replicated, none.gathered))
-    peak = kept_bytes + 2 * s * (up + ffn) + 4 * s * h
+    peak = kept_bytes + 2 * s * (up + ffn) + 4 * s * h + _score_temporaries(sizes, tensor)
     return BlockVariant(
         ops=tuple(ops),
         parameters=parameters,
@@ -221,22 +221,51 @@ def _embedding(sizes: ModelSizes, tensor: int) -> BlockVariant:
     )
 
 
+def _score_temporaries(sizes: ModelSizes, tensor: int) -> int:
+    """Score matrices that live only while a layer without flash attention works.
+
+    Gradients of the weights and of the softmax, and of the mask where that is a kernel of its own.
+    """
+    if sizes.flash:
+        return 0
+    copies = 2 if sizes.fused_softmax else 3
+    return copies * 2 * sizes.sequence_length**2 * sizes.heads // tensor
+
+
 def _head(sizes: ModelSizes, tensor: int) -> BlockVariant:
     """Norm, logits and loss in fp32 (cast, largest, exponential and sum, gradient in place)."""
     s, h, columns = sizes.sequence_length, sizes.hidden, sizes.vocab // tensor
-    x, logits = 2 * s * h, 2 * s * columns
+    x, whole = 2 * s * h, sizes.framework.whole_logits
     ops = [
         *norm_ops(sizes, ALL),
         *product(sizes, columns, h, sizes.dtype),
+        *loss_ops(sizes, sizes.vocab if whole else columns),
     ]
-    ops += loss_ops(sizes, columns)
-    # Logits, their fp32 copy and its gradient, unless one kernel works in place.
-    peak = 2 if sizes.framework.fused_loss else 5
-    saved = Saved(sharded=per_sequence((peak - 1) / 2 * logits), replicated=per_sequence(2 * x))
+    saved, peak = _loss_bytes(sizes, tensor)
+    exchanges = _exchanges(per_sequence(x), 0, 1)
+    if whole:  # a gather moves half of what a reduction of as much does
+        exchanges += _exchanges(per_sequence(s * sizes.vocab), 1, 0)
+    kept = Saved(sharded=per_sequence(saved), replicated=per_sequence(2 * x))
     return BlockVariant(
         ops=tuple(ops),
         parameters=0 if sizes.tied or sizes.adapter else sizes.vocab * h // tensor,
-        saved=dict.fromkeys(("none", "selective", "full"), saved),
-        peak_bytes=(per_sequence(peak * logits + 3 * x),),
-        collectives=_exchanges(per_sequence(x), 0, 1) if tensor > 1 else (),
+        saved=dict.fromkeys(("none", "selective", "full"), kept),
+        peak_bytes=(per_sequence(peak + 3 * x),),
+        collectives=exchanges if tensor > 1 else (),
     )
+
+
+def _loss_bytes(sizes: ModelSizes, tensor: int) -> tuple[float, float]:
+    """Bytes that the loss keeps, and that it needs at most.
+
+    One kernel replaces the logits by their gradient (2, 2 + 2); else their fp32 copy and its
+    gradient are beside them (2 + 4 + 4). torch's own cross entropy over gathered logits keeps these
+    and the logarithms of the softmax (2 + 4), and makes two gradients in fp32 (4 + 4).
+    """
+    logits = sizes.sequence_length * sizes.vocab
+    if sizes.framework.whole_logits:
+        shard = 2 * logits // tensor if tensor > 1 else 0
+        return shard + 6 * logits, shard + 14 * logits
+    if sizes.framework.fused_loss:
+        return logits / tensor, 4 * logits / tensor
+    return 4 * logits / tensor, 10 * logits / tensor
