@@ -44,6 +44,7 @@ validate_graph
 validate_rows
 validate_model
 validate_machines validate_layout
+validate_recompute
 validate_predict validate_spread validate_plot
 validate_statistics
 validate

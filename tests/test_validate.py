@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from paraplan.cluster import load_cluster
 from paraplan.errors import InputError
+from paraplan.problem import MEMORY_FRACTION
 from paraplan.validate import as_json, validate_files, validate_main
 from paraplan.validate_graph import closed_form_graph, parameter_count
 from paraplan.validate_layout import cost_cuts, equal_cuts, layout_of
 from paraplan.validate_machines import node_bytes_per_second
 from paraplan.validate_model import sizes_of
 from paraplan.validate_predict import predict
+from paraplan.validate_recompute import kept_layers
 from paraplan.validate_rows import Row, Unusable
 from paraplan.validate_statistics import summarise
 
@@ -195,6 +198,53 @@ def test_slower_choices_are_predicted_slower() -> None:
     assert predict(row(attn_impl="unfused(te)")).predicted_s > 0
     assert predict(row(gpu="A100-80GB-SXM")).predicted_s > base.predicted_s
     assert predict(row(global_batch="32")).predicted_s > 1.5 * base.predicted_s
+
+
+@pytest.mark.parametrize(
+    ("cells", "kept"),
+    [
+        ({"recompute": "full"}, []),
+        ({"recompute": "full-block(6 of 16 layers)"}, [6, 7, 14, 15]),  # of each of two stages
+        ({"recompute": "selective(layer, every 4th)"}, [i for i in range(16) if i % 4 != 3]),
+        # 49 / 38 - 1 is 0.29 of three passes: 87 % of the forward ran twice
+        (
+            {"recompute": "selective(AC every k-th block)", "notes": "HFU 49", "mfu": "38"},
+            [0, 7, 15],
+        ),
+    ],
+)
+def test_layers_that_recompute_nothing(cells: dict[str, str], kept: list[int]) -> None:
+    sizes = sizes_of(row(**cells))
+    assert sorted(kept_layers(row(**cells), sizes, equal_cuts(16, 2))) == kept
+
+
+def test_recomputing_some_layers_costs_a_share_of_recomputing_all() -> None:
+    none, half, full = (
+        predict(row(recompute=text, pp="1"))
+        for text in ("none", "selective(layer, every 2nd)", "full")
+    )
+    assert half.predicted_s == pytest.approx((none.predicted_s + full.predicted_s) / 2, rel=1e-9)
+    assert full.predicted_gib < half.predicted_gib < none.predicted_gib
+
+
+def test_gathered_logits_cost_every_tensor_rank_the_whole_vocabulary() -> None:
+    """Aleph Alpha's head: 16 bytes for each logit of the whole vocabulary, and its own shard."""
+    sizes = sizes_of(row(source="Aleph Alpha"))
+    logits = sizes.sequence_length * sizes.vocab
+    norm = 3 * 2 * sizes.sequence_length * sizes.hidden
+    head = closed_form_graph(sizes, 2).blocks["head"].variants
+    assert head[1].peak_bytes[0].per_sequence - norm == 16 * logits
+    assert head[2].peak_bytes[0].per_sequence - norm == 17 * logits
+    assert sum(c.phase == "forward" for c in head[2].collectives) == 1
+
+
+def test_fits_is_the_planners_own_verdict() -> None:
+    """A run that needs more than a plan may use is predicted not to fit."""
+    capacity = load_cluster("dgx-h100").device.memory_capacity_bytes.value / 2**30
+    for size in ("1", "8", "16", "32", "64"):
+        made = predict(row(micro_batch=size, global_batch="256", pp="1"))
+        assert made.fits == (made.predicted_gib <= MEMORY_FRACTION * capacity)
+    assert not made.fits
 
 
 def measured(**cells: str) -> dict[str, str]:

@@ -20,10 +20,9 @@ from paraplan.graph import ModelGraph
 from paraplan.layout_rules import check_layout, pin_reason
 from paraplan.layouts import enumerate_families, layout_from_fixed, tensor_degrees
 from paraplan.plan_file import Plan
-from paraplan.problem import Problem, arrangements
+from paraplan.problem import MEMORY_FRACTION, Problem, arrangements
 from paraplan.request import (
     GIB,
-    MEMORY_FRACTION,
     Question,
     make_constraints,
     request_from_options,

@@ -19,6 +19,12 @@ from paraplan.layout_rules import Constraints, Space
 from paraplan.plan_parts import Workload
 from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES, OPTIMIZER_WORK_BYTES
 
+MEMORY_FRACTION = 0.94
+"""Share of a device's memory that a plan may use when no limit is given; a chosen margin. The
+profiles plan fragmentation at 7.24 % (reserved / allocated 1.072, median of 48 A100 runs); with
+this margin a ratio of 1.141 still fits, which 87 % of the 248 ranks in Aceso's runs that Mist
+published (A100, A10G, L4; mean 1.098) stay below."""
+
 
 @dataclass(frozen=True)
 class Problem:

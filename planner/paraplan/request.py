@@ -20,15 +20,11 @@ from paraplan.layout import RUNTIME_CANNOT_APPLY_YET, Schedule
 from paraplan.layout_rules import FIXABLE, Constraints
 from paraplan.models import ModelSource, resolve_model
 from paraplan.plan_parts import Workload
+from paraplan.problem import MEMORY_FRACTION
 from paraplan.workload import make_workload
 
 DEFAULT_DEVICE = "h100"
 DEFAULT_SEQUENCE_LENGTH = 4096
-MEMORY_FRACTION = 0.94
-"""Share of a device's memory that a plan may use when no limit is given; a chosen margin. The
-profiles plan fragmentation at 7.24 % (reserved / allocated 1.072, median of 48 A100 runs); with
-this margin a ratio of 1.141 still fits, which 87 % of the 248 ranks in Aceso's runs that Mist
-published (A100, A10G, L4; mean 1.098) stay below."""
 GIB = 2**30
 SCALABLE = ("compute", "memory_bandwidth", "link_inside", "link_between")
 """What ``--scale`` can make faster or slower: the devices' FLOP/s, the bandwidth of their memory,

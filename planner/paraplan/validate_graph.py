@@ -259,13 +259,14 @@ def _loss_bytes(sizes: ModelSizes, tensor: int) -> tuple[float, float]:
     """Bytes that the loss keeps, and that it needs at most.
 
     One kernel replaces the logits by their gradient (2, 2 + 2); else their fp32 copy and its
-    gradient are beside them (2 + 4 + 4). torch's own cross entropy over gathered logits keeps these
-    and the logarithms of the softmax (2 + 4), and makes two gradients in fp32 (4 + 4).
+    gradient are beside them (2 + 4 + 4). torch's own cross entropy over gathered logits keeps
+    these, those of the micro-batch before in a second buffer, and the logarithms of the softmax
+    (2 + 2 + 4), and makes two gradients in fp32 (4 + 4).
     """
     logits = sizes.sequence_length * sizes.vocab
     if sizes.framework.whole_logits:
         shard = 2 * logits // tensor if tensor > 1 else 0
-        return shard + 6 * logits, shard + 14 * logits
+        return shard + 8 * logits, shard + 16 * logits
     if sizes.framework.fused_loss:
         return logits / tensor, 4 * logits / tensor
     return 4 * logits / tensor, 10 * logits / tensor

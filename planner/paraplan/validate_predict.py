@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from paraplan.layout import Precision
 from paraplan.layout_rules import Constraints
 from paraplan.partition import staged
-from paraplan.problem import Problem, chain_cost
+from paraplan.problem import MEMORY_FRACTION, Problem, chain_cost
 from paraplan.uncertainty import computing_share, kind_of
 from paraplan.validate_graph import closed_form_graph
 from paraplan.validate_layout import comparable_gib, cuts_of, engine_of, layout_of
@@ -24,7 +24,8 @@ class Prediction:
 
     Attributes:
         predicted_gib: what the published figure counts (see `comparable_gib`).
-        fits: whether the fullest device's memory suffices.
+        fits: whether the planner would take it: the fullest device needs no more than a plan may
+            use (`MEMORY_FRACTION` of what it has).
         device: name of the profile's device.
         kind: of run, by where the predicted time goes (see `uncertainty`).
     """
@@ -95,7 +96,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
             global_batch=row.count("global_batch"),
             precision=precision,
         ),
-        capacity_bytes=device.memory_capacity_bytes.value,
+        capacity_bytes=MEMORY_FRACTION * device.memory_capacity_bytes.value,
         constraints=Constraints(recompute=(recompute_of(row),)),
         engine=engine_of(sizes, layout, cluster),
     )
