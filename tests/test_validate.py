@@ -10,6 +10,7 @@ import pytest
 
 from paraplan.cluster import load_cluster
 from paraplan.errors import InputError
+from paraplan.graph import op_flops
 from paraplan.problem import MEMORY_FRACTION
 from paraplan.validate import as_json, validate_files, validate_main
 from paraplan.validate_graph import closed_form_graph, parameter_count
@@ -57,6 +58,9 @@ BASE = {
     "notes": "",
 }
 
+# The same with 8 experts of 4096, of which each token goes to 2; heads of 128 = 2048 / 16.
+EXPERTS = {"n_experts": "8", "top_k": "2", "moe_ffn": "4096", "params_b": "3.624"}
+
 
 def row(**cells: str) -> Row:
     """The made-up row with some cells changed."""
@@ -96,6 +100,30 @@ def test_tensor_ranks_share_the_work_of_products(tensor: int, attention: str) ->
         block.variants[1].parameters * (sizes.layers if name == "layer" else 1)
         for name, block in graph.blocks.items()
     ) == parameter_count(sizes)
+
+
+def test_experts_are_those_of_the_columns() -> None:
+    """Parameters decide the head size; a token's FLOPs are those of its two experts."""
+    sizes = sizes_of(row(**EXPERTS))
+    attention, experts, router = 4 * 2048**2, 8 * 3 * 2048 * 4096, 8 * 2048
+    embeddings = 2 * 32768 * 2048
+    assert parameter_count(sizes) == 16 * (attention + experts + router) + embeddings
+    assert sizes.head_dim == 128
+    narrow = 16 * (attention // 2 + experts + router) + embeddings
+    assert sizes_of(row(**EXPERTS | {"params_b": f"{narrow / 1e9:.3f}"})).head_dim == 64
+    layer = closed_form_graph(sizes, 1).blocks["layer"].variants[1]
+    assert layer.expert_parameters == experts
+    products = sum(op_flops(op, 1) for op in layer.ops if op.expert)
+    assert products == 6 * sizes.sequence_length * experts / 4
+
+
+def test_expert_parallelism_divides_the_experts_weights() -> None:
+    alone, spread = (
+        predict(row(**EXPERTS, tp="1", pp="1", ep=str(n), zero_or_fsdp="none")) for n in (1, 8)
+    )
+    parameters = 16 * 8 * 3 * 2048 * 4096
+    # bf16 parameters and gradients, and 12 bytes of fp32 parameter and Adam's state
+    assert alone.predicted_gib - spread.predicted_gib > 16 * parameters * 7 / 8 / 2**30
 
 
 def test_model_flops_are_those_of_the_closed_form() -> None:
@@ -146,7 +174,10 @@ def test_sharding(text: str, data: int, wanted: tuple[int, int]) -> None:
         ({"gpu": "TPU v9"}, "no profile for tpu v9"),
         ({"precision": "nvfp4"}, "precision nvfp4"),
         ({"recompute": "5 of 16"}, "recompute 5 of 16"),
-        ({"n_experts": "8"}, "experts"),
+        ({"n_experts": "8"}, "moe_ffn not published"),
+        (EXPERTS | {"ep": "4"}, "experts spread over tensor ranks"),  # two data ranks
+        (EXPERTS | {"params_b": "6"}, "experts of several kinds"),
+        ({"recompute": "see recipe"}, "recompute see recipe"),
         ({"micro_batch": ""}, "micro_batch not published"),
         ({"global_batch": "15"}, "global batch does not divide over dp * micro_batch"),
         ({"n_gpus": "6"}, "tp * pp * cp does not divide n_gpus"),

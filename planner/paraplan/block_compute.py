@@ -144,7 +144,11 @@ def _timed(
         sequences /= split
     if op.expert and expert > 1 and op.kind == "grouped_gemm":
         groups = Amount(op.dims[0].fixed // expert, op.dims[0].per_sequence)
-        op = op.model_copy(update={"dims": (groups, *op.dims[1:])})
+        held = {  # of the weights; what depends on the tokens stays
+            name: Amount(amount.fixed // expert, amount.per_sequence)
+            for name, amount in (("read_bytes", op.read_bytes), ("write_bytes", op.write_bytes))
+        }
+        op = op.model_copy(update={"dims": (groups, *op.dims[1:]), **held})
     seconds, basis = op_seconds(op, sequences, device)
     seconds *= device.rates.whole_layer
     if op.kind in ("gemm", "grouped_gemm"):

@@ -25,6 +25,7 @@ from paraplan.validate_ops import (
     CORE,
     ModelSizes,
     attention_ops,
+    expert_ops,
     loss_ops,
     memory_op,
     norm_ops,
@@ -43,7 +44,15 @@ def parameter_count(sizes: ModelSizes) -> int:
 
 def _layer_parameters(sizes: ModelSizes, tensor: int) -> int:
     width = (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    if sizes.experts:
+        router = sizes.hidden * sizes.experts
+        return sizes.hidden * width // tensor + router + _expert_parameters(sizes, tensor)
     return sizes.hidden * (width + (3 if sizes.gated else 2) * sizes.ffn) // tensor
+
+
+def _expert_parameters(sizes: ModelSizes, tensor: int) -> int:
+    each = (3 if sizes.gated else 2) * sizes.hidden * sizes.ffn
+    return sizes.experts * each // tensor
 
 
 @cache
@@ -90,6 +99,7 @@ def closed_form_graph(
         vocab_size=sizes.vocab,
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
+        experts=sizes.experts,
         blocks=blocks,
         chain=tuple(
             ChainItem(block=name, modules=(module,))
@@ -112,8 +122,11 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     ops = [*norm_ops(sizes, pointwise), *product(sizes, width, h, dtype)]
     ops += attention_ops(sizes, tensor)
     ops += product(sizes, h, sizes.heads * d // tensor, dtype)
-    ops += [*norm_ops(sizes, pointwise), *product(sizes, up, h, dtype)]
-    ops += product(sizes, h, ffn, dtype)
+    ops += norm_ops(sizes, pointwise)
+    if sizes.experts:
+        ops += expert_ops(sizes, ffn)
+    else:
+        ops += [*product(sizes, up, h, dtype), *product(sizes, h, ffn, dtype)]
     ops += pointwise_ops(sizes, ffn, width, pointwise)
     ops += small_calls(_layer_calls(sizes, tensor))
     saved = _saved(sizes, tensor, up, ffn, width)
@@ -128,9 +141,11 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     return BlockVariant(
         ops=tuple(ops),
         parameters=parameters,
+        expert_parameters=_expert_parameters(sizes, tensor),
         saved=saved,
         peak_bytes=(per_sequence(peak),),
         collectives=_exchanges(message, 2, 2) if tensor > 1 else (),
+        expert_dispatch_bytes=per_sequence(2 * s * h * sizes.chosen),
     )
 
 
@@ -163,6 +178,8 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     if sizes.eager and sizes.gated:  # the activation beside the product, rotated queries and keys
         mlp += 2 * s * ffn
         qkv += 2 * s * width * 2 // 3
+    if sizes.experts:  # of each chosen one, beside the moved tokens and what comes back
+        mlp = 2 * s * sizes.chosen * (up + ffn + 2 * h)
     core = 4 * s * sizes.heads // tensor  # log-sum-exp
     if not sizes.flash:
         core = (5 if sizes.dropout else 2) * s * s * sizes.heads // tensor

@@ -45,12 +45,16 @@ def layout_of(row: Row, sizes: ModelSizes) -> Layout:
         schedule = "interleaved-1f1b"
         if sizes.layers % (pipeline * virtual):
             virtual, schedule = _equal_chunks(sizes, pipeline, virtual)
+    expert = row.count("ep", 1) if sizes.experts else 1
+    if data * context % expert:
+        raise Unusable("experts spread over tensor ranks")
     shard, zero_stage = _sharding(row, data)
     return Layout(
         data_replicate=data // shard,
         data_shard=shard,
         tensor=tensor,
         context=context,
+        expert=expert,
         pipeline=pipeline,
         virtual_stages=virtual,
         micro_batch_size=size,

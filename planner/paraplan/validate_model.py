@@ -12,6 +12,11 @@ from paraplan.validate_rows import Row, Unusable
 
 LORA_RANK = 16
 """Of the adapters of a run of task ``lora`` (MLPerf's llama2-70b benchmark)."""
+HEAD_SIZES = (64, 128)
+"""Of attention where it is not the hidden size divided among the heads (models with experts)."""
+LARGEST_GAP = 0.02
+"""Of the parameters that the columns tell of from the published ones, in models with experts;
+beyond it some layers are dense, or have experts that every token goes to."""
 FP8 = ("fp8", "float8", "mxfp8")
 
 
@@ -37,8 +42,6 @@ def sizes_of(row: Row) -> ModelSizes:
     Raises:
         Unusable: something that matters is not published or not modelled.
     """
-    if (row.number("n_experts") or 0) > 1:
-        raise Unusable("experts")
     dtype, product_dtype = precision_of(row)
     hidden, heads = row.count("hidden"), row.count("heads")
     if hidden % heads:
@@ -46,7 +49,8 @@ def sizes_of(row: Row) -> ModelSizes:
     attention = row.text("attn_impl")
     flash = any(word in attention for word in ("flash", "cudnn", "te"))
     framework = run_framework(row)
-    ffn = row.count("ffn", 4 * hidden)
+    experts = row.count("n_experts", 1)
+    ffn = row.count("ffn", 4 * hidden) if experts == 1 else row.count("moe_ffn")
     base = ModelSizes(
         layers=row.count("layers"),
         hidden=hidden,
@@ -68,14 +72,22 @@ def sizes_of(row: Row) -> ModelSizes:
         selective=_selective(row),
         framework=framework,
         adapter=LORA_RANK if row.text("task") == "lora" else 0,
+        experts=experts if experts > 1 else 0,
+        chosen=row.count("top_k") if experts > 1 else 0,
     )
     published = row.number("params_b")
     if published is None:
         return base
     gated = (False, True) if framework.gated is None else (framework.gated,)
     tied = (False, True) if framework.tied is None else (framework.tied,)
-    options = [replace(base, gated=g, tied=t) for g in gated for t in tied]
-    return min(options, key=lambda sizes: abs(parameter_count(sizes) / 1e9 - published))
+    heads_of = (0, *HEAD_SIZES) if base.experts else (0,)
+    options = [
+        replace(base, gated=g, tied=t, head_size=d) for g in gated for t in tied for d in heads_of
+    ]
+    nearest = min(options, key=lambda sizes: abs(parameter_count(sizes) / 1e9 - published))
+    if base.experts and abs(parameter_count(nearest) / 1e9 / published - 1) > LARGEST_GAP:
+        raise Unusable("experts of several kinds")
+    return nearest
 
 
 def run_framework(row: Row) -> Framework:

@@ -36,6 +36,9 @@ class ModelSizes:
         selective: what selective recompute reruns: attention's core (Megatron-LM), or every op
             but matrix products and attention (torch's selective checkpointing), or every second
             product too (torchtitan's ``selective(op)``).
+        head_size: elements of one attention head; 0: the hidden size divided among the heads.
+        experts, chosen: of each layer, and those that a token goes to; 0 without experts.
+            ``ffn`` is then the inner size of one.
     """
 
     layers: int
@@ -56,11 +59,14 @@ class ModelSizes:
     adapter: int = 0
     selective: Literal["core", "pointwise", "half"] = "core"
     framework: Framework = PLAIN
+    head_size: int = 0
+    experts: int = 0
+    chosen: int = 0
 
     @property
     def head_dim(self) -> int:
         """Elements of one attention head."""
-        return self.hidden // self.heads
+        return self.head_size or self.hidden // self.heads
 
     @property
     def biased(self) -> bool:
@@ -156,6 +162,50 @@ def _casts(tokens: int, n: int, k: int) -> list[Op]:
         memory_op("cast", "forward", 2 * tokens * k, 2 * tokens * k),
         memory_op("cast", "backward", 2 * tokens * n, 2 * tokens * n),
     ]
+
+
+def expert_ops(sizes: ModelSizes, ffn: int) -> list[Op]:
+    """Router, grouped products and activation of the chosen experts; tokens moved to and fro.
+
+    Every expert gets as many tokens as the others.
+
+    Args:
+        ffn: of one tensor rank.
+    """
+    s, h, up = sizes.sequence_length, sizes.hidden, (2 if sizes.gated else 1) * ffn
+    rows = s * sizes.chosen
+    moved = 2 * rows * h
+    made = product(sizes, sizes.experts, h, sizes.dtype)
+    made += both_ways("permute", 2 * moved, 2 * moved)  # read here, written there
+    made += _grouped_products(sizes, rows, up, h)
+    made += both_ways("activation", 2 * rows * (up + ffn), 2 * rows * (2 * up + ffn))
+    made += _grouped_products(sizes, rows, h, ffn)
+    return made + both_ways("unpermute", moved + 2 * s * h, 2 * moved + 2 * s * h)
+
+
+def _grouped_products(sizes: ModelSizes, rows: int, n: int, k: int) -> list[Op]:
+    """The experts' products of ``rows`` rows in all: forward, and both gradients."""
+    dtype = sizes.product_dtype
+    size = 1 if dtype == "float8" else 2
+    weights = size * sizes.experts * n * k
+    total = per_sequence(rows)
+    forward = Op(
+        name="aten.grouped",
+        kind="grouped_gemm",
+        phase="forward",
+        dtype=dtype,
+        dims=(Amount(sizes.experts), total, Amount(n), Amount(k)),
+        read_bytes=Amount(weights, size * rows * k),
+        write_bytes=per_sequence(2 * rows * n),
+        expert=True,
+        reruns=ALL,
+    )
+    fields = {"phase": "backward", "reruns": ()}
+    data = forward.model_copy(
+        update={**fields, "dims": (Amount(sizes.experts), total, Amount(k), Amount(n))}
+    )
+    weight = forward.model_copy(update={**fields, "read_bytes": per_sequence(2 * rows * (n + k))})
+    return [forward, data, weight.model_copy(update={"write_bytes": Amount(4 * weights // size)})]
 
 
 def norm_ops(sizes: ModelSizes, pointwise: tuple[Recompute, ...]) -> list[Op]:
@@ -275,11 +325,12 @@ def pointwise_ops(
     ]
     if sizes.gated:
         # One kernel, or the activation and the product of the two halves one after the other.
-        made += both_ways(
-            "activation",
-            *((5 * wide, 12 * wide) if sizes.eager else (3 * wide, 5 * wide)),
-            reruns=reruns,
-        )
+        if not sizes.experts:
+            made += both_ways(
+                "activation",
+                *((5 * wide, 12 * wide) if sizes.eager else (3 * wide, 5 * wide)),
+                reruns=reruns,
+            )
         rotated = 2 * s * width * 2 / 3
         passes = 6 if sizes.eager else 2  # halves swapped, two products, a sum, in fp32
         made += both_ways("rotary", passes * rotated, passes * rotated, reruns=reruns)

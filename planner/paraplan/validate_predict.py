@@ -13,7 +13,7 @@ from paraplan.validate_graph import closed_form_graph
 from paraplan.validate_layout import comparable_gib, cuts_of, engine_of, layout_of
 from paraplan.validate_machines import Machines
 from paraplan.validate_model import sizes_of
-from paraplan.validate_recompute import kept_layers, recompute_of
+from paraplan.validate_recompute import kept_layers, modes_of
 from paraplan.validate_rows import Row, Unusable
 from paraplan.workload import make_workload
 
@@ -97,7 +97,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
             precision=precision,
         ),
         capacity_bytes=MEMORY_FRACTION * device.memory_capacity_bytes.value,
-        constraints=Constraints(recompute=(recompute_of(row),)),
+        constraints=Constraints(recompute=modes_of(row)),
         engine=engine_of(sizes, layout, cluster),
     )
     chain = chain_cost(problem, layout)
@@ -105,7 +105,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     assert found is not None, "forced costs always exist"
     needed = max(stage.memory_bytes for stage in found.stages)
     layers = range(1, sizes.layers + 1)
-    computing = computing_share(chain, dict.fromkeys(layers, recompute_of(row)), found.step_seconds)
+    computing = computing_share(chain, dict.fromkeys(layers, modes_of(row)[0]), found.step_seconds)
     return Prediction(
         row=row,
         predicted_s=found.step_seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from paraplan.graph import Recompute
+from paraplan.graph import RECOMPUTE_MODES, Recompute
 from paraplan.partition import Cuts
 from paraplan.validate_ops import ModelSizes
 from paraplan.validate_rows import Row, Unusable
@@ -23,17 +23,19 @@ EVERY_NTH = re.compile(r"selective\(layer, every (\d+)(?:st|nd|rd|th)\)")
 SOME_BLOCKS = "selective(ac every k-th block)"
 
 
-def recompute_of(row: Row) -> Recompute:
-    """The mode of the layers that recompute.
+def modes_of(row: Row) -> tuple[Recompute, ...]:
+    """The mode of the layers that recompute; any where a row that lacks something does not say.
 
     Raises:
         Unusable: unknown.
     """
     text = row.text("recompute")
+    if text.startswith("see ") and row.text("quality") == "c":  # a recipe that is not there
+        return RECOMPUTE_MODES
     if text in MODES:
-        return MODES[text]
+        return (MODES[text],)
     if FIRST_LAYERS.fullmatch(text) or EVERY_NTH.fullmatch(text) or text == SOME_BLOCKS:
-        return "full"
+        return ("full",)
     raise Unusable(f"recompute {text}")
 
 
