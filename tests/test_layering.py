@@ -26,6 +26,7 @@ trace
 trace_cache
 layout_rules recompute engine
 layouts
+data_copies
 data_traffic
 block_compute
 block_cost

@@ -6,11 +6,12 @@ parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from paraplan.block_compute import BlockCompute
 from paraplan.cluster import Cluster
+from paraplan.data_copies import data_copies
 from paraplan.data_traffic import (
     NONE,
     Numerics,
@@ -52,7 +53,7 @@ class BlockCost:
         first_gather: extra when the block opens a stage: no earlier block hides its gather.
         last_gather: the same for the block whose backward comes first.
         per_step: extra seconds once a step: gathers and reductions of ZeRO-1, ZeRO-2 and
-            replicas in the first forward and the last backward.
+            replicas in the first forward and the last backward, and their copies.
         last_reduction: exposed once a step when the block's backward comes last.
         optimizer: update of this rank's share, once a step.
         parameter_bytes, optimizer_bytes: held all the time.
@@ -109,6 +110,77 @@ def block_cost(
         parameters: elements on one tensor rank, experts included and not yet divided.
         expert_parameters: those of them that ``layout.expert`` divides.
     """
+    local = parameters - expert_parameters + expert_parameters / layout.expert
+    # Alone and in fp32 there is nothing to cast, gather or reduce: the runtime leaves FSDP out.
+    wrapped = numerics.compute != REDUCE_BYTES or layout.data_ranks * layout.context > 1
+    copied = 0.0
+    if engine.copies:
+        copies = data_copies(layout, numerics.compute, trainable, wrapped=wrapped)
+        per_byte = local / device.rates.memory
+        compute = _with_copies(compute, copies.forward * per_byte, copies.backward * per_byte)
+        copied = (copies.first_forward + copies.last_backward) * per_byte
+    data = _data_times(
+        compute,
+        _data_traffic(
+            parameters, expert_parameters, layout, numerics, cluster, engine, expert_padding
+        ),
+        layout,
+        engine,
+    )
+    padding = (expert_padding - 1) * expert_parameters
+    owned = _owned(parameters + padding, expert_parameters + padding, layout, engine)
+    padded = local + padding / layout.expert
+    trained = owned * trainable
+    whole = padded if wrapped else 0.0
+    made = local * trainable
+    gradient_bytes = 4 * (made if layout.zero_stage <= 1 and layout.micro_batches > 1 else trained)
+    if engine.gradient_bytes is not None and layout.zero_stage < 2:
+        gradient_bytes, made = engine.gradient_bytes * made, 0.0
+    return BlockCost(
+        compute=compute,
+        forward=data.forward,
+        backward=data.backward,
+        first_gather=data.first_gather,
+        last_gather=data.last_gather,
+        per_step=data.per_step + copied,
+        last_reduction=data.last_reduction,
+        optimizer=optimizer_seconds(trained * (12 + 2 * numerics.optimizer_state), device),
+        parameter_bytes=4 * owned,
+        gradient_bytes=gradient_bytes,
+        owned_gradient_bytes=4 * trained,
+        optimizer_bytes=numerics.optimizer_state * trained,
+        resident_bytes=numerics.compute * whole if layout.zero_stage != 3 else 0.0,
+        unsharded_bytes=numerics.compute * whole,
+        made_bytes=numerics.compute * made,
+        reduce_bytes=REDUCE_BYTES * padded * trainable if wrapped else 0.0,
+        buffer_bytes=engine.buffer_bytes,
+        optimizer_work_bytes=numerics.optimizer_work * trained,
+        beside=data.beside,
+    )
+
+
+class _DataTimes(NamedTuple):
+    """The passes with the data ranks' collectives; the fields of `BlockCost`."""
+
+    forward: float
+    backward: dict[Recompute, float]
+    first_gather: float
+    last_gather: float
+    per_step: float
+    last_reduction: float
+    beside: Beside
+
+
+def _data_traffic(
+    parameters: float,
+    expert_parameters: float,
+    layout: Layout,
+    numerics: Numerics,
+    cluster: Cluster,
+    engine: Engine,
+    expert_padding: float,
+) -> tuple[Traffic, Traffic, Traffic]:
+    """Gather, reduce-scatter and all-reduce of a block, its experts' among their own ranks."""
     gather, scatter, reduce = data_traffic(
         parameters - expert_parameters, layout, 1, numerics, cluster, engine
     )
@@ -118,6 +190,16 @@ def block_cost(
         gather, scatter, reduce = (
             one.plus(other) for one, other in zip((gather, scatter, reduce), extra, strict=True)
         )
+    return gather, scatter, reduce
+
+
+def _data_times(
+    compute: BlockCompute,
+    traffic: tuple[Traffic, Traffic, Traffic],
+    layout: Layout,
+    engine: Engine,
+) -> _DataTimes:
+    gather, scatter, reduce = traffic
     stage = layout.zero_stage
     each_forward = gather if stage == 3 else NONE
     each_backward = {3: gather.plus(scatter), 2: scatter}.get(stage, NONE)
@@ -144,38 +226,23 @@ def block_cost(
         )
     else:
         last = NONE
-    local = parameters - expert_parameters + expert_parameters / layout.expert
-    padding = (expert_padding - 1) * expert_parameters
-    owned = _owned(parameters + padding, expert_parameters + padding, layout, engine)
-    padded = local + padding / layout.expert
-    trained = owned * trainable
-    # Alone and in fp32 there is nothing to cast, gather or reduce: the runtime leaves FSDP out.
-    wrapped = numerics.compute != REDUCE_BYTES or layout.data_ranks * layout.context > 1
-    whole = padded if wrapped else 0.0
-    made = local * trainable
-    gradient_bytes = 4 * (made if stage <= 1 and layout.micro_batches > 1 else trained)
-    if engine.gradient_bytes is not None and stage < 2:
-        gradient_bytes, made = engine.gradient_bytes * made, 0.0
-    return BlockCost(
-        compute=compute,
+    return _DataTimes(
         forward=forward,
         backward=backward,
         first_gather=exposed(plain_forward, each_forward if engine.overlaps_data else NONE),
         last_gather=exposed(plain_backward, gather) if stage == 3 and engine.overlaps_data else 0.0,
         per_step=once,
         last_reduction=exposed(plain_backward, last),
-        optimizer=optimizer_seconds(trained * (12 + 2 * numerics.optimizer_state), device),
-        parameter_bytes=4 * owned,
-        gradient_bytes=gradient_bytes,
-        owned_gradient_bytes=4 * trained,
-        optimizer_bytes=numerics.optimizer_state * trained,
-        resident_bytes=numerics.compute * whole if stage != 3 else 0.0,
-        unsharded_bytes=numerics.compute * whole,
-        made_bytes=numerics.compute * made,
-        reduce_bytes=REDUCE_BYTES * padded * trainable if wrapped else 0.0,
-        buffer_bytes=engine.buffer_bytes,
-        optimizer_work_bytes=numerics.optimizer_work * trained,
         beside=_beside(engine, each_forward, each_backward, once_forward, once_backward),
+    )
+
+
+def _with_copies(compute: BlockCompute, forward: float, backward: float) -> BlockCompute:
+    """The block with what is copied in each micro-batch among its kernels."""
+    return replace(
+        compute,
+        forward=replace(compute.forward, kernels=compute.forward.kernels + forward),
+        backward=replace(compute.backward, kernels=compute.backward.kernels + backward),
     )
 
 

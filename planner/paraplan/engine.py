@@ -27,6 +27,7 @@ class Engine:
         keeps_outputs: a pipeline stage holds its output until that micro-batch's backward, as
             torch's do (Megatron frees it once it is sent: Korthikanti et al. 2022, appendix B).
         reruns_whole: full recompute reruns a layer's last exchange too.
+        copies: parameters and gradients are copied out of and into messages (`data_copies`).
     """
 
     reduce_bytes: int = REDUCE_BYTES
@@ -41,6 +42,7 @@ class Engine:
     bucket_bytes: float = 0.0
     keeps_outputs: bool = True
     reruns_whole: bool = False
+    copies: bool = True
 
 
 RUNTIME = Engine()

@@ -72,7 +72,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         keeps_gathered=0.5,
         balanced=True,
         waits=True,
-        engine=Engine(gradient_bytes=6),  # bf16, and the fp32 sum
+        engine=Engine(gradient_bytes=6, copies=False),  # bf16, and the fp32 sum
     ),
     Framework(
         "Megatron-DeepSpeed",
@@ -84,6 +84,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         exchange_calls=3,
         gradient_bytes=6,
         engine=Engine(
+            copies=False,
             overlaps_data=False,
             reduce_bytes=2,
             gradient_bytes=2,
@@ -100,6 +101,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         calls=40,
         # The backward's exchanges run beside the products of the weights' gradients.
         engine=Engine(
+            copies=False,
             overlaps_data=False,
             gradient_bytes=4,
             reruns_whole=True,
@@ -114,7 +116,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         gated=False,
         tied=True,
         calls=40,
-        engine=Engine(overlaps_data=False, gradient_bytes=4, reruns_whole=True),
+        engine=Engine(overlaps_data=False, gradient_bytes=4, reruns_whole=True, copies=False),
     ),
     Framework(
         "Aleph Alpha scaling",
@@ -124,7 +126,9 @@ FRAMEWORKS: tuple[Framework, ...] = (
         whole_logits=True,
         calls=40,
         gradient_bytes=6,  # bf16, as the sum
-        engine=Engine(overlaps_data=False, tensor_bytes=4, gradient_bytes=2, reruns_whole=True),
+        engine=Engine(
+            overlaps_data=False, tensor_bytes=4, gradient_bytes=2, reruns_whole=True, copies=False
+        ),
     ),
     Framework(
         "llm-foundry",
@@ -135,6 +139,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         tied=True,
         calls=20,
         attention="flash-attention-1",
+        engine=Engine(copies=False),
     ),
     Framework(
         "torchtitan",
@@ -143,8 +148,22 @@ FRAMEWORKS: tuple[Framework, ...] = (
         tied=False,
         engine=Engine(shards_context=True),
     ),
-    Framework("fms-fsdp", words=("fms-fsdp",), kernels="compiled", gated=True, tied=False),
-    Framework("MaxText", words=("maxtext", "jax"), kernels="compiled", calls=0, attention="cudnn"),
+    Framework(
+        "fms-fsdp",
+        words=("fms-fsdp",),
+        kernels="compiled",
+        gated=True,
+        tied=False,
+        engine=Engine(copies=False),
+    ),
+    Framework(
+        "MaxText",
+        words=("maxtext", "jax"),
+        kernels="compiled",
+        calls=0,
+        attention="cudnn",
+        engine=Engine(copies=False),
+    ),
     Framework(
         "Megatron Core and Transformer Engine",
         words=("megatron", "nemo", "mlperf", "dgxc", "distributed-optimizer", "(te)", "cudnn"),
@@ -153,6 +172,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         attention="cudnn",
         # User buffers: tensor exchanges in pieces beside the products. Gradients stay in bf16.
         engine=Engine(
+            copies=False,
             hidden_tensor=0.6,
             reduce_bytes=2,
             gradient_bytes=2,
