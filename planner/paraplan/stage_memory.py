@@ -8,7 +8,8 @@ Not everything is alive at once. These moments bound the rest:
             than are in flight. One layer later, that layer's activations are gone, and its
             gradients are being reduced.
 *draining*  a micro-batch's backward ends: its activations are gone but for one layer's, and the
-            gradients are there; here the embedding's are made and reduced.
+            gradients are there; here the embedding's are made and reduced. In the step's last
+            micro-batch FSDP frees each block's parameters behind its backward.
 *optimizer* no activations and no gathered parameters; the optimizer's temporaries.
 
 What FSDP2 holds beside the shards (torch 2.13, ``_fsdp_param_group.py``): the block at work
@@ -169,11 +170,34 @@ def _moments(
     if number > 1:
         moments.append(Moment(first, 1 - one_layer, (), layer))
     left = min(1.0, max(0.0, 1 - chunk + one_layer))
-    moments.append(
-        Moment(held, left, tuple(map(_outer_work, others)), layer if number > 1 else 0.0)
-    )
+    reducing = layer if number > 1 else 0.0
+    moments.append(Moment(held, left, tuple(map(_outer_work, others)), reducing))
+    if layout.micro_batches == 1 and chain.engine.gradient_bytes is None:
+        moments = _freeing(moments, by_role)
     pairs = [pair for each in by_role.values() for pair in each]
     return (*moments, _optimizer_moment(held, pairs))
+
+
+def _freeing(
+    moments: Sequence[Moment], by_role: Mapping[str, list[tuple[int, BlockCost]]]
+) -> list[Moment]:
+    """The moments in the step's last micro-batch, where FSDP frees what its backward is done with.
+
+    That is the head behind the first layer's, and at last all layers but the one at work.
+    """
+    head = sum(n * cost.resident_bytes for n, cost in by_role["head"])
+    layers = sum(n * cost.resident_bytes for n, cost in by_role["layer"])
+    layer = max((cost.resident_bytes for _, cost in by_role["layer"]), default=0.0)
+    full, *later, draining = moments
+    works = tuple(replace(work, gathered=work.gathered + head) for work in full.works)
+    freed = [_without(replace(full, works=works), head)]
+    freed += [_without(moment, head + layer) for moment in later]
+    return [*freed, _without(draining, head + layers - layer)]
+
+
+def _without(moment: Moment, freed_bytes: float) -> Moment:
+    gathered = moment.held["gathered_parameters"] - freed_bytes
+    return replace(moment, held=dict(moment.held, gathered_parameters=gathered))
 
 
 def _held(chain: ChainCost, depth: float, runs: Runs, counts: Sequence[int]) -> dict[str, float]:

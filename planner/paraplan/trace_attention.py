@@ -172,6 +172,10 @@ def register_with_transformers() -> None:
 class FusedAttention(torch.overrides.TorchFunctionMode):
     """Replaces ``scaled_dot_product_attention`` in models that call it themselves."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        attention_ops()  # selective recomputation asks torch for them by name
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
