@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from paraplan.errors import InputError
 from paraplan.plan_file import Plan
 from paraplan_runtime.apply import parallelize
+from paraplan_runtime.gradients import local
 from paraplan_runtime.memory_tracker import Peak, PeakTracker
 from paraplan_runtime.model import ParallelModel
 from paraplan_runtime.rehearsal import imagined_pipeline
@@ -111,12 +112,13 @@ def rehearse(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _imagined_job(rank, layout.devices), imagined_pipeline(), fake:
         parallel = parallelize(model, short, device_type="cpu")
-        optimizer = make([p for p in parallel.parameters() if p.requires_grad])
+        shards = _Shards(parallel)
+        optimizer = make(shards.plain)
         rows = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in batch.items()}
-        _make_state(optimizer)
+        _make_state(shards, optimizer)
         tracker = PeakTracker(parallel, optimizer)
         with tracker:
-            peak = _find_peak(lambda: _step(parallel, optimizer, rows), tracker)
+            peak = _find_peak(lambda: _step(parallel, shards, optimizer, rows), tracker)
     return Rehearsed(
         rank=rank,
         micro_batches=layout.micro_batches,
@@ -127,31 +129,52 @@ def rehearse(
 
 
 def _find_peak(step: Callable[[], None], tracker: PeakTracker) -> Peak:
-    """Run a whole step, and a second one to where the first had its peak."""
-    while True:
-        peak = tracker.peak_of(step)
-        if tracker.parts_at(step, peak):
-            return peak
+    """Run a whole step, and another to where the one before had its peak."""
+    peak = tracker.peak_of(step)
+    while (lower := tracker.parts_at(step, peak)) is not None:
+        peak = lower
+    return peak
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
+class _Shards:
+    """This rank's trainable shards, as the optimizer gets them: plain tensors.
+
+    It changes them element by element, which needs no word of how they lie on other ranks. DTensor
+    would work that out for each call's list of shards, in some seconds for each dozen layers.
+    """
+
+    def __init__(self, model: ParallelModel) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            self.plain = [nn.Parameter(local(p)) for p in self.trained]
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, update and forget the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for plain, parameter in zip(self.plain, self.trained, strict=True):
+            plain.grad = None if parameter.grad is None else local(parameter.grad)
+            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _make_state(shards: _Shards, optimizer: torch.optim.Optimizer) -> None:
     """Update once with gradients of zero: from the second step on the state exists."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+    for parameter in shards.trained:
+        parameter.grad = torch.zeros_like(parameter)
+    shards.update(optimizer)
 
 
 def _step(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, rows: Mapping[str, torch.Tensor]
+    model: ParallelModel,
+    shards: _Shards,
+    optimizer: torch.optim.Optimizer,
+    rows: Mapping[str, torch.Tensor],
 ) -> None:
     output = model(**rows)
     loss = output if isinstance(output, torch.Tensor) else output.loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    shards.update(optimizer)
 
 
 @contextmanager

@@ -75,20 +75,20 @@ class PeakTracker(MemTracker):
         step()
         return Peak(self._peak_bytes, self._optimizer_peak)
 
-    def parts_at(self, step: Callable[[], None], peak: Peak) -> bool:
+    def parts_at(self, step: Callable[[], None], peak: Peak) -> Peak | None:
         """Run a step until it needs as much as the one before, and fill ``parts``.
 
         Returns:
-            Whether it came to that; then the step was left in its middle and no other can follow.
+            None if it came to that; then the step was left in its middle and no other can follow.
+            Else what it needed at most.
         """
         self._wanted_bytes = peak.peak_bytes
         try:
-            step()
+            return self.peak_of(step)
         except PeakReached:
-            return True
+            return None
         finally:
             self._wanted_bytes = None
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
