@@ -17,7 +17,7 @@ from pydantic import Field
 
 from paraplan.profile_types import Frozen
 
-Dtype = Literal["bfloat16", "float16", "float32", "float8"]
+Dtype = Literal["bfloat16", "float16", "float32", "float8", "float4"]
 OpKind = Literal["gemm", "grouped_gemm", "attention", "memory"]
 
 ANY_NAME = "*"

@@ -25,6 +25,7 @@ from paraplan.validate_ops import (
     CORE,
     ModelSizes,
     attention_ops,
+    element_bytes,
     expert_ops,
     loss_ops,
     memory_op,
@@ -132,7 +133,7 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     saved = _saved(sizes, tensor, up, ffn, width)
     parameters = _layer_parameters(sizes, tensor)
     if sizes.adapter:
-        saved = _with_frozen(saved, (1 if dtype == "float8" else 2) * parameters)
+        saved = _with_frozen(saved, element_bytes(dtype) * parameters)
         parameters = sizes.adapter * (width + 3 * h + sizes.heads * d // tensor)
     message = per_sequence(2 * s * h)
     none = saved["none"]
@@ -207,7 +208,7 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     if sizes.adapter:  # frozen products need no inputs
         none = Saved(
             sharded=per_sequence(
-                qkv + out + core + (1 if sizes.product_dtype == "float8" else 2) * s * up
+                qkv + out + core + element_bytes(sizes.product_dtype) * s * up
             ),
             replicated=per_sequence(3 * x),
         )
@@ -215,10 +216,10 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     return {"none": none, "selective": selective, "full": full}
 
 
-def _with_frozen(saved: dict[Recompute, Saved], size: int) -> dict[Recompute, Saved]:
+def _with_frozen(saved: dict[Recompute, Saved], size: float) -> dict[Recompute, Saved]:
     """Frozen weights stay on the device, with neither gradients nor optimizer state."""
     return {
-        mode: kept.model_copy(update={"sharded": Amount(size, kept.sharded.per_sequence)})
+        mode: kept.model_copy(update={"sharded": Amount(round(size), kept.sharded.per_sequence)})
         for mode, kept in saved.items()
     }
 

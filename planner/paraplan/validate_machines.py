@@ -16,7 +16,7 @@ from paraplan.validate_rows import Row, Unusable
 CLUSTERS: tuple[tuple[str, str], ...] = (
     ("h100-96gb", "grand-teton-h100"),
     ("(gb200)", "gb200-nvl72"),
-    ("gb300", ""),
+    ("gb300", "gb300-nvl72"),
     ("b300", "dgx-b300"),
     ("a100-40gb", "dgx-a100-40gb"),
     ("a100", "dgx-a100-80gb"),

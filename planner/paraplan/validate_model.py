@@ -18,15 +18,18 @@ LARGEST_GAP = 0.02
 """Of the parameters that the columns tell of from the published ones, in models with experts;
 beyond it some layers are dense, or have experts that every token goes to."""
 FP8 = ("fp8", "float8", "mxfp8")
+FP4 = "nvfp4"
 
 
 def precision_of(row: Row) -> tuple[str, str]:
     """Compute dtype, and dtype of the layers' matrix products.
 
     Raises:
-        Unusable: neither fp16, bf16 nor fp8.
+        Unusable: neither fp16, bf16, fp8 nor nvfp4.
     """
     text = row.text("precision")
+    if text.startswith(FP4):
+        return "bfloat16", "float4"
     if text.startswith(FP8):
         return "bfloat16", "float8"
     if text.startswith("fp16"):

@@ -16,6 +16,8 @@ from paraplan.validate_frameworks import PLAIN, Framework
 ALL: tuple[Recompute, ...] = ("full",)
 CORE: tuple[Recompute, ...] = ("selective", "full")
 Phase = Literal["forward", "backward"]
+NARROW = {"float8": 1.0, "float4": 0.5 + 1 / 16}
+"""Bytes of an element of a narrow dtype; sixteen of 4 bits share a scale of one byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,11 @@ class ModelSizes:
         return self.framework.kernels == "eager"
 
 
+def element_bytes(dtype: str) -> float:
+    """Bytes of one element of a product's operand."""
+    return NARROW.get(dtype, 2.0)
+
+
 def per_sequence(number: float) -> Amount:
     """An amount that grows with the micro-batch alone."""
     return Amount(0, round(number))
@@ -126,8 +133,8 @@ def product(
     A frozen weight has no gradient; a trained one adds it to the sum over micro-batches.
     """
     tokens, gradient_bytes = sizes.sequence_length, sizes.framework.gradient_bytes
-    rows, size = per_sequence(tokens), 1 if dtype == "float8" else 2
-    inputs, weights = per_sequence(size * tokens * k), Amount(size * n * k)
+    rows, size = per_sequence(tokens), element_bytes(dtype)
+    inputs, weights = per_sequence(size * tokens * k), Amount(round(size * n * k))
     outputs = per_sequence(2 * tokens * n)
     one, columns, inner = Amount(1), Amount(n), Amount(k)
     forward = Op(
@@ -149,7 +156,7 @@ def product(
         made.append(
             memory_op("add_gradient", "backward", 0, 0).model_copy(update={"read_bytes": moved})
         )
-    return made + (_casts(tokens, n, k) if dtype == "float8" else [])
+    return made + (_casts(tokens, n, k) if dtype in NARROW else [])
 
 
 def _casts(tokens: int, n: int, k: int) -> list[Op]:
@@ -186,8 +193,8 @@ def expert_ops(sizes: ModelSizes, ffn: int) -> list[Op]:
 def _grouped_products(sizes: ModelSizes, rows: int, n: int, k: int) -> list[Op]:
     """The experts' products of ``rows`` rows in all: forward, and both gradients."""
     dtype = sizes.product_dtype
-    size = 1 if dtype == "float8" else 2
-    weights = size * sizes.experts * n * k
+    size = element_bytes(dtype)
+    weights = round(size * sizes.experts * n * k)
     total = per_sequence(rows)
     forward = Op(
         name="aten.grouped",
@@ -195,7 +202,7 @@ def _grouped_products(sizes: ModelSizes, rows: int, n: int, k: int) -> list[Op]:
         phase="forward",
         dtype=dtype,
         dims=(Amount(sizes.experts), total, Amount(n), Amount(k)),
-        read_bytes=Amount(weights, size * rows * k),
+        read_bytes=Amount(weights, round(size * rows * k)),
         write_bytes=per_sequence(2 * rows * n),
         expert=True,
         reruns=ALL,
@@ -205,7 +212,7 @@ def _grouped_products(sizes: ModelSizes, rows: int, n: int, k: int) -> list[Op]:
         update={**fields, "dims": (Amount(sizes.experts), total, Amount(k), Amount(n))}
     )
     weight = forward.model_copy(update={**fields, "read_bytes": per_sequence(2 * rows * (n + k))})
-    return [forward, data, weight.model_copy(update={"write_bytes": Amount(4 * weights // size)})]
+    return [forward, data, weight.model_copy(update={"write_bytes": Amount(4 * sizes.experts * n * k)})]
 
 
 def norm_ops(sizes: ModelSizes, pointwise: tuple[Recompute, ...]) -> list[Op]:
