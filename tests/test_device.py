@@ -45,7 +45,9 @@ def test_shipped_devices_are_whole(name: str) -> None:
 def test_the_devices_of_the_issue_ship() -> None:
     wanted = {"a100-40gb-sxm", "a100-80gb-sxm", "h100-sxm", "h200", "b200", "mi250", "mi300x"}
     wanted |= {"b300", "mi325x", "mi355x"}
-    assert wanted | {"gb200", "h100-96gb-500w", "l40s", "rtx-4090", "cpu"} == set(device_names())
+    assert wanted | {"gb200", "gb300", "h100-96gb-500w", "l40s", "rtx-4090", "cpu"} == set(
+        device_names()
+    )
 
 
 @pytest.mark.parametrize(

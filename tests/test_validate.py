@@ -149,6 +149,17 @@ def test_saved_activations_are_korthikantis() -> None:
         assert whole == pytest.approx(expected, rel=1e-12)
 
 
+def test_narrow_products_keep_narrow_inputs() -> None:
+    """Both norms' outputs, attention's and the activation's; 8 bits take half of 16."""
+    wide, narrow = (
+        closed_form_graph(sizes_of(row(precision=p)), 1).blocks["layer"].variants[1].saved["none"]
+        for p in ("bf16", "fp8")
+    )
+    s, h, ffn = 2048, 2048, 8192
+    assert wide.replicated.per_sequence - narrow.replicated.per_sequence == 2 * s * h
+    assert wide.sharded.per_sequence - narrow.sharded.per_sequence == s * (h + ffn)
+
+
 @pytest.mark.parametrize(
     ("text", "data", "wanted"),
     [
@@ -172,7 +183,8 @@ def test_sharding(text: str, data: int, wanted: tuple[int, int]) -> None:
     ("cells", "reason"),
     [
         ({"gpu": "TPU v9"}, "no profile for tpu v9"),
-        ({"precision": "nvfp4"}, "precision nvfp4"),
+        ({"precision": "int8"}, "precision int8"),
+        ({"precision": "nvfp4"}, "h100-sxm has no figures for float4"),
         ({"recompute": "5 of 16"}, "recompute 5 of 16"),
         ({"n_experts": "8"}, "moe_ffn not published"),
         (EXPERTS | {"ep": "4"}, "experts spread over tensor ranks"),  # two data ranks

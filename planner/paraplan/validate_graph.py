@@ -174,8 +174,9 @@ def _exchanges(message: Amount, forward: int, backward: int) -> tuple[Collective
 def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dict[Recompute, Saved]:
     """Bytes kept (Korthikanti et al. 2022, section 4.1; the products' inputs are kept once)."""
     s, h = sizes.sequence_length, sizes.hidden
-    x, out = 2 * s * h, 2 * s * sizes.heads * sizes.head_dim // tensor
-    qkv, mlp = 2 * s * width, 2 * s * (up + ffn)
+    kept_size = element_bytes(sizes.product_dtype)  # a product keeps its input as it computes
+    x, out = 2 * s * h, round(kept_size * s * sizes.heads * sizes.head_dim) // tensor
+    qkv, mlp = 2 * s * width, 2 * s * up + round(kept_size * s * ffn)
     if sizes.eager and sizes.gated:  # the activation beside the product, rotated queries and keys
         mlp += 2 * s * ffn
         qkv += 2 * s * width * 2 // 3
@@ -184,7 +185,7 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     core = 4 * s * sizes.heads // tensor  # log-sum-exp
     if not sizes.flash:
         core = (5 if sizes.dropout else 2) * s * s * sizes.heads // tensor
-    replicated = 4 * x + (x if sizes.dropout else 0)
+    replicated = (2 + round(kept_size)) * x + (x if sizes.dropout else 0)
     if not sizes.fused_norm:
         replicated += 8 * x  # of each norm: its input and output in fp32
     sharded = qkv + out + mlp
@@ -207,9 +208,7 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
         selective = none.model_copy(update={"sharded": per_sequence(sharded)})
     if sizes.adapter:  # frozen products need no inputs
         none = Saved(
-            sharded=per_sequence(
-                qkv + out + core + element_bytes(sizes.product_dtype) * s * up
-            ),
+            sharded=per_sequence(qkv + out + core + element_bytes(sizes.product_dtype) * s * up),
             replicated=per_sequence(3 * x),
         )
     full = Saved(replicated=per_sequence(x))

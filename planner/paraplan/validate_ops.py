@@ -212,7 +212,11 @@ def _grouped_products(sizes: ModelSizes, rows: int, n: int, k: int) -> list[Op]:
         update={**fields, "dims": (Amount(sizes.experts), total, Amount(k), Amount(n))}
     )
     weight = forward.model_copy(update={**fields, "read_bytes": per_sequence(2 * rows * (n + k))})
-    return [forward, data, weight.model_copy(update={"write_bytes": Amount(4 * sizes.experts * n * k)})]
+    return [
+        forward,
+        data,
+        weight.model_copy(update={"write_bytes": Amount(4 * sizes.experts * n * k)}),
+    ]
 
 
 def norm_ops(sizes: ModelSizes, pointwise: tuple[Recompute, ...]) -> list[Op]:
