@@ -20,6 +20,7 @@ from paraplan.errors import InputError
 
 CLUSTERS = (
     *("dgx-a100-80gb", "dgx-a100-40gb", "dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72"),
+    "gb300-nvl72",
     "grand-teton-h100",
 )
 

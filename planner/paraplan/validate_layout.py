@@ -16,7 +16,7 @@ from paraplan.validate_rows import Row, Unusable
 
 GIB = 2**30
 DDP_BUCKET = 100 * 2**20  # of gradients that DistributedDataParallel sends at once
-ZERO_BUCKET = 2**28  # of what ZeRO-1 sends at once
+ZERO_BUCKET = 2**29  # of what ZeRO-1 sends at once; nanotron's runs say so
 ANALYTIC = ("parameters", "gradients", "optimizer", "activations", "gathered_parameters")
 """Parts of the memory that a published closed form counts."""
 
