@@ -12,7 +12,6 @@ from paraplan.validate_rows import Row, Unusable
 MODES: dict[str, Recompute] = {
     "": "none",
     "none": "none",
-    "none/unknown": "none",
     "selective": "selective",
     "selective(op)": "selective",
     "full": "full",
@@ -30,7 +29,9 @@ def modes_of(row: Row) -> tuple[Recompute, ...]:
         Unusable: unknown.
     """
     text = row.text("recompute")
-    if text.startswith("see ") and row.text("quality") == "c":  # a recipe that is not there
+    if (
+        text == "none/unknown" or text.startswith("see ") and row.text("quality") == "c"
+    ):  # a recipe that is not there
         return RECOMPUTE_MODES
     if text in MODES:
         return (MODES[text],)
