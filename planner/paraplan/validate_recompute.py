@@ -23,15 +23,14 @@ SOME_BLOCKS = "selective(ac every k-th block)"
 
 
 def modes_of(row: Row) -> tuple[Recompute, ...]:
-    """The mode of the layers that recompute; any where a row that lacks something does not say.
+    """The mode of the layers that recompute; any of them where nobody knows.
 
     Raises:
         Unusable: unknown.
     """
     text = row.text("recompute")
-    if (
-        text == "none/unknown" or text.startswith("see ") and row.text("quality") == "c"
-    ):  # a recipe that is not there
+    recipe_elsewhere = text.startswith("see ") and row.text("quality") == "c"
+    if text == "none/unknown" or recipe_elsewhere:
         return RECOMPUTE_MODES
     if text in MODES:
         return (MODES[text],)
