@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,18 @@ def test_shallow_real_models_need_what_is_predicted(number: int) -> None:
     hold(checked(CASES[number], layers=4), CASES[number])
 
 
+def test_the_last_micro_batch_frees_what_was_gathered(model: str) -> None:
+    """One micro-batch, so short that parameters are most of what it needs.
+
+    The layers' parameters never stand beside all gradients then. Two moments need nearly the
+    same, so that only the sum is compared.
+    """
+    fix = "data_shard=16,zero_stage=2,recompute=full"
+    plan = estimate(model, gpus=16, fix=fix, global_batch=16, seq_len=128)
+    (stage,) = check_plan(plan, model=model)
+    assert abs(stage.difference) <= TOLERANCE
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_real_models_need_what_is_predicted(case: Case) -> None:
@@ -73,6 +87,20 @@ def test_more_micro_batches_hold_no_more(model: str) -> None:
     assert short.micro_batches < long.micro_batches == 8
     # The rows of the global batch themselves are longer: 8 bytes for each of its tokens.
     assert 0 <= long.counted_bytes - short.counted_bytes <= 2 * 8 * 64 * 1024
+
+
+def test_attention_is_kept_where_nothing_was_traced_before() -> None:
+    """Selective recomputation finds the op that stands for a fused kernel by its name."""
+    lines = [
+        "from paraplan.trace_attention import FusedAttention",
+        "from paraplan_runtime.recompute import _kept_overloads",
+        "FusedAttention()",
+        "print([str(kept) for kept in _kept_overloads()])",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
+    assert "paraplan.attention.default" in done.stdout
 
 
 def test_command_says_what_it_found(

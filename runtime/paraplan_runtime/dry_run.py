@@ -149,8 +149,7 @@ class _Shards:
             self.plain = [nn.Parameter(local(p)) for p in self.trained]
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, update and forget the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        """Update with the gradients that there are, and forget them."""
         for plain, parameter in zip(self.plain, self.trained, strict=True):
             plain.grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
@@ -159,9 +158,13 @@ class _Shards:
 
 
 def _make_state(shards: _Shards, optimizer: torch.optim.Optimizer) -> None:
-    """Update once with gradients of zero: from the second step on the state exists."""
+    """Update once with gradients of zero: from the second step on the state exists.
+
+    They are clipped too: DTensor makes tensors of full size to see what that does, once.
+    """
     for parameter in shards.trained:
         parameter.grad = torch.zeros_like(parameter)
+    torch.nn.utils.clip_grads_with_norm_(shards.trained, 1.0, torch.ones(()))
     shards.update(optimizer)
 
 
@@ -174,6 +177,7 @@ def _step(
     output = model(**rows)
     loss = output if isinstance(output, torch.Tensor) else output.loss
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     shards.update(optimizer)
 
 
