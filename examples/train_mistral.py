@@ -26,7 +26,9 @@ torch.manual_seed(args.seed)
 
 model = AutoModelForCausalLM.from_pretrained(args.model)
 dataset = torch.load(args.dataset)
-train_dataloader = torch.utils.data.DataLoader(dataset, batch_size=args.batch_size, shuffle=True, drop_last=True)
+train_dataloader = torch.utils.data.DataLoader(
+    dataset, batch_size=args.batch_size, shuffle=True, drop_last=True
+)
 
 
 def mask_pads(input_ids, attention_mask, ignore_index=-100):
@@ -42,7 +44,9 @@ for epoch in range(args.epoch):
         input_ids = batch["input_ids"]
         attn_mask = batch["attention_mask"]
         labels = mask_pads(input_ids, attn_mask)
-        outputs = model(input_ids.cuda(), attention_mask=attn_mask.cuda(), labels=labels.cuda(), use_cache=False)
+        outputs = model(
+            input_ids.cuda(), attention_mask=attn_mask.cuda(), labels=labels.cuda(), use_cache=False
+        )
         loss = outputs[0]
         loss.backward()
         optim.step()

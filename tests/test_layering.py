@@ -67,6 +67,7 @@ page_mesh page_timeline page_chart
 page_sweep
 page
 surroundings torch_option
+own_profile
 launch automatic
 profiling
 profile_command

@@ -11,15 +11,17 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from paraplan.cluster import load_cluster
 from paraplan.device import load_device
 from paraplan.errors import FrozenLayerError, InputError, PlanError
+from paraplan.own_profile import kept_profile, measure_here
 from paraplan.plan_file import Plan, load_plan, plan_from_json, plan_to_json, save_plan
 from paraplan.planning import plan_request
 from paraplan.request import GIB, Request
@@ -40,6 +42,8 @@ class Wishes:
         plan: ``auto``, or the path of a plan file.
         device: profile of this machine's devices; None to recognise it.
         cluster: profile of the cluster, in place of device and count.
+        profile: ``auto`` takes this machine's own profile where one is kept, else the shipped
+            one; ``measure`` measures one where none is kept; ``shipped``.
         fix: layout fields that are pinned.
         mixed_precision: compute in bf16 where the device is a GPU.
         memory_fraction: share of a device's memory to plan with.
@@ -48,6 +52,7 @@ class Wishes:
     plan: str = "auto"
     device: str | None = None
     cluster: str | None = None
+    profile: str = "auto"
     fix: Mapping[str, Any] = field(default_factory=dict)
     mixed_precision: bool = True
     memory_fraction: float = 0.9
@@ -99,8 +104,13 @@ def profile_of(device_name: str) -> str:
     )
 
 
-def plan_for(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned:
+def plan_for(
+    first: FirstBatch, wishes: Wishes, machines: Machines, tell: Callable[[str], None]
+) -> Planned:
     """The plan for this job, equal on every rank; a collective.
+
+    Args:
+        tell: called on rank 0 with what the user waits for.
 
     Raises:
         InputError: rank 0 could not plan; on every rank.
@@ -110,7 +120,7 @@ def plan_for(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned:
     told: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            planned = _plan_here(first, wishes, machines)
+            planned = _plan_here(first, wishes, machines, tell)
             told = [(plan_to_json(planned.plan), planned.origin)]
         except PlanError as error:
             told = [error]
@@ -121,7 +131,12 @@ def plan_for(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned:
     return Planned(plan_from_json(text), origin)
 
 
-def _plan_here(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned:
+def _plan_here(
+    first: FirstBatch,
+    wishes: Wishes,
+    machines: Machines,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Planned:
     if wishes.plan != "auto":
         return Planned(load_plan(wishes.plan), f"from {wishes.plan}")
     began = time.perf_counter()
@@ -130,7 +145,7 @@ def _plan_here(first: FirstBatch, wishes: Wishes, machines: Machines) -> Planned
         # The runtime cannot split layers with adapters over tensor ranks.
         wishes = replace(wishes, fix={"tensor": 1, **wishes.fix})
     request = replace(
-        _question(wishes, machines),
+        _question(wishes, machines, tell),
         model=str(_write_config(first.model)) if has_config else _offer_module(first),
         precision=_precision(first.model, wishes, machines.kind),
         optimizer=optimizer_name(first.optimizers),
@@ -168,9 +183,21 @@ def _frozen(model: nn.Module) -> bool:
     return not all(parameter.requires_grad for parameter in model.parameters())
 
 
-def _question(wishes: Wishes, machines: Machines) -> Request:
-    if wishes.cluster is not None:
-        return Request(model="", cluster=wishes.cluster, gpus=machines.devices, fix=wishes.fix)
+def _question(wishes: Wishes, machines: Machines, tell: Callable[[str], None]) -> Request:
+    cluster, limit = wishes.cluster, None
+    if cluster is None and wishes.device is None:
+        own = _own_profile(wishes.profile, machines, tell)
+        if own is not None:
+            whole = load_cluster(own).device.memory_capacity_bytes.value
+            cluster, limit = str(own), wishes.memory_fraction * whole / GIB
+    if cluster is not None:
+        return Request(
+            model="",
+            cluster=cluster,
+            gpus=machines.devices,
+            memory_limit_gib=limit,
+            fix=wishes.fix,
+        )
     device = wishes.device or ("cpu" if machines.kind == "cpu" else _this_gpu())
     whole = load_device(device).memory_capacity_bytes.value
     return Request(
@@ -181,6 +208,14 @@ def _question(wishes: Wishes, machines: Machines) -> Request:
         memory_limit_gib=wishes.memory_fraction * whole / GIB,
         fix=wishes.fix,
     )
+
+
+def _own_profile(wanted: str, machines: Machines, tell: Callable[[str], None]) -> Path | None:
+    """The profile measured on this machine, if the user wants it or one is kept."""
+    if wanted == "measure":
+        return measure_here(machines.kind, machines.per_node, tell)
+    kept = kept_profile(machines.kind, machines.per_node)
+    return kept if wanted == "auto" and kept.is_file() else None
 
 
 def _this_gpu() -> str:
@@ -280,6 +315,8 @@ def _key(request: Request, model: nn.Module) -> str:
             (name, list(parameter.shape), parameter.requires_grad)
             for name, parameter in model.named_parameters()
         ]
+    if isinstance(request.cluster, str):  # a file may have been written anew
+        parts["cluster"] = load_cluster(request.cluster).sha256
     parts["planner"] = _planner_digest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

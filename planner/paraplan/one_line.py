@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from paraplan_runtime.report import ParallelReport
 
 
+PROFILES = ("auto", "measure", "shipped")
+
+
 class _Session:
     """What the line set up in this process; there is one at most."""
 
@@ -64,7 +67,7 @@ class _Session:
         from paraplan.report import layout_words
 
         machines = Machines(self.device.type, dist.get_world_size(), self._per_node)
-        planned = plan_for(first, self.wishes, machines)
+        planned = plan_for(first, self.wishes, machines, say)
         if dist.get_rank() == 0:
             say(
                 f"{layout_words(planned.plan.layout)} on {planned.plan.cluster.devices} x "
@@ -87,6 +90,7 @@ def enable_advanced_parallelization(
     memory_fraction: float = 0.9,
     device: str | None = None,
     cluster: str | None = None,
+    profile: str = "auto",
     fix: str = "",
 ) -> None:
     """Train the models that this script makes on all devices there are, under the best plan.
@@ -107,6 +111,9 @@ def enable_advanced_parallelization(
         memory_fraction: share of each device's memory to plan with.
         device: device profile (`plan devices`); by default recognised.
         cluster: cluster profile, in place of device.
+        profile: ``measure`` measures this machine's devices at the first start (about 20 s) and
+            keeps what it finds; ``auto`` takes what is kept, else the shipped profile;
+            ``shipped`` takes that.
         fix: more layout fields to pin, as in ``plan --fix``.
 
     Raises:
@@ -125,6 +132,7 @@ def enable_advanced_parallelization(
         memory_fraction=memory_fraction,
         device=device,
         cluster=cluster,
+        profile=profile,
         fix=fix,
     )
     place = find_place(os.environ)
@@ -198,6 +206,7 @@ def _wishes(
     memory_fraction: float,
     device: str | None,
     cluster: str | None,
+    profile: str,
     fix: str,
 ) -> Wishes:
     from paraplan.automatic import Wishes
@@ -217,10 +226,13 @@ def _wishes(
         fixed["zero_stage"] = 3 if distribute_parameter else 1
     if not 0 < memory_fraction <= 1:
         raise InputError(f"memory_fraction is {memory_fraction!r}; more than 0, at most 1")
+    if profile not in PROFILES:
+        raise InputError(f"profile is {profile!r}; one of {', '.join(PROFILES)}")
     return Wishes(
         plan=plan,
         device=device,
         cluster=cluster,
+        profile=profile,
         fix=fixed,
         mixed_precision=mixed_precision,
         memory_fraction=memory_fraction,
