@@ -208,7 +208,7 @@ def test_an_interrupted_profile_goes_on(tmp_path: Any) -> None:
     kept = _Kept(path, "this machine")
     kept.add("a", (1.0, 0.1))
     kept.save()
-    assert _Kept(path, "this machine").known == {"a": (1.0, 0.1)}
+    assert _Kept(path, "this machine").known == {"a": [(1.0, 0.1)]}
     assert _Kept(path, "another").known == {}
     path.write_text("{half")
     assert _Kept(path, "this machine").known == {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,13 +108,23 @@ def record_calls(
     return list(recorder.made.values())
 
 
-def replay(call: RecordedCall, device: torch.device) -> Callable[[], Any]:
-    """The call with random operands on ``device``, ready to be made any number of times."""
+Draw = Callable[[int, torch.dtype], Tensor]
+"""So many random numbers of a type, which the caller only reads."""
+
+
+def replay(call: RecordedCall, device: torch.device, draw: Draw | None = None) -> Callable[[], Any]:
+    """The call with random operands on ``device``, ready to be made any number of times.
+
+    Args:
+        draw: where operands come from; a call that writes to its own gets fresh ones.
+    """
     space, name, overload = call.function
     function: Any = getattr(getattr(getattr(torch.ops, space), name), overload)
     bound = _smallest_size(call)
-    args = _with_values(call.args, device, bound)
-    kwargs = {k: _with_values(v, device, bound) for k, v in call.kwargs}
+    if draw is None or function._schema.is_mutable:
+        draw = partial(_fresh, device)
+    args = _with_values(call.args, device, bound, draw)
+    kwargs = {k: _with_values(v, device, bound, draw) for k, v in call.kwargs}
     if "device" in kwargs:
         kwargs["device"] = device
 
@@ -133,23 +144,27 @@ def _without_values(value: Any) -> Any:
     return value
 
 
-def _with_values(value: Any, device: torch.device, bound: int) -> Any:
+def _fresh(device: torch.device, elements: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(elements, device=device, dtype=torch.float32).to(dtype)
+
+
+def _with_values(value: Any, device: torch.device, bound: int, draw: Draw) -> Any:
     if isinstance(value, TensorSpec):
-        return _random(value, device, bound)
+        return _random(value, device, bound, draw)
     if isinstance(value, tuple):
-        return [_with_values(v, device, bound) for v in value]
+        return [_with_values(v, device, bound, draw) for v in value]
     return value
 
 
-def _random(spec: TensorSpec, device: torch.device, bound: int) -> Tensor:
+def _random(spec: TensorSpec, device: torch.device, bound: int, draw: Draw) -> Tensor:
     elements = spec.nbytes // spec.dtype.itemsize
     if spec.dtype.is_floating_point:
-        flat = torch.randn(elements, device=device, dtype=torch.float32).to(spec.dtype)
+        flat = draw(elements, spec.dtype)
     elif spec.dtype == torch.bool:
         flat = torch.rand(elements, device=device) < 0.5
     else:
         flat = torch.randint(bound, (elements,), device=device, dtype=spec.dtype)
-    return flat.as_strided(spec.shape, spec.stride)
+    return flat.as_strided(spec.shape, spec.stride, flat.storage_offset())
 
 
 def _smallest_size(call: RecordedCall) -> int:

@@ -41,7 +41,7 @@ class Clock:
         device: that the calls run on.
         batch_seconds: shortest batch. Where processes share cores it has to span many of the
             scheduler's turns.
-        batches: timed after the first, which warms up.
+        batches: timed after the calls that warm up.
         group: gloo group over which ranks agree; None for a single rank.
     """
 
@@ -55,13 +55,15 @@ class Clock:
         self.synchronize()
         # Ranks must make the same calls as often: a collective waits for all of them.
         once = self._slowest(self._elapsed(calls, 1))
-        if once < self.batch_seconds:
+        short = once < self.batch_seconds
+        if short:
             once = self._slowest(self._elapsed(calls, 1))
         count = max(1, math.ceil(self.batch_seconds / max(once, 1e-7)))
         if self.device.type == "cuda":
             count = min(count, MOST_CALLS)
-        batches = self.batches if once < 10 * self.batch_seconds else max(2, self.batches // 3)
-        self._elapsed(calls, min(count, len(calls) + 1))
+        batches = self.batches if once < 10 * self.batch_seconds else max(1, self.batches // 3)
+        if short:  # a long call has warmed up by now
+            self._elapsed(calls, min(count, len(calls) + 1))
         self.wait_for_all()
         seconds = [self._elapsed(calls, count) / count for _ in range(batches)]
         return self._together(summary(seconds))

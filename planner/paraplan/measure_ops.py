@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 
 from paraplan.measure_calls import RecordedCall, replay
-from paraplan.measure_clock import Clock, Timing, copies_beyond_cache, summary
+from paraplan.measure_clock import (
+    CACHES,
+    Clock,
+    Timing,
+    cache_bytes,
+    copies_beyond_cache,
+    summary,
+)
 from paraplan.models import model_of_config
 from paraplan.profile_tasks import (
     AttentionTask,
@@ -29,6 +36,28 @@ MOST_COPIES = 16
 MOST_LAYER_COPIES = 3
 
 
+class RandomPool:
+    """Random numbers that operands are cut from; to draw them anew takes longer than to measure."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is drawn yet."""
+        self._device = device
+        self._values: dict[torch.dtype, torch.Tensor] = {}
+        self._next = 0
+
+    def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """So many, from behind the last ones taken; in all it is more than a cache holds."""
+        values = self._values.get(dtype)
+        if values is None or values.numel() < elements:
+            whole = int(CACHES * cache_bytes(self._device)) // dtype.itemsize
+            values = torch.randn(max(elements, whole), device=self._device).to(dtype)
+            self._values[dtype] = values
+        if self._next + elements > values.numel():
+            self._next = 0
+        began, self._next = self._next, self._next + elements
+        return values[began : began + elements]
+
+
 @dataclass(frozen=True)
 class Bench:
     """What measurements need.
@@ -38,6 +67,7 @@ class Bench:
     """
 
     clock: Clock
+    random: RandomPool
     links: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
@@ -50,7 +80,9 @@ def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
     """Seconds of one call of what the task describes; a collective of all ranks."""
     if isinstance(task, RecordedCall):
         copies = copies_beyond_cache(bench.device, task.operand_bytes, MOST_COPIES)
-        return bench.clock.time([replay(task, bench.device) for _ in range(copies)])
+        return bench.clock.time(
+            [replay(task, bench.device, bench.random.take) for _ in range(copies)]
+        )
     if isinstance(task, GemmTask):
         return _gemm(task, bench)
     if isinstance(task, AttentionTask):
@@ -71,8 +103,8 @@ def _gemm(task: GemmTask, bench: Bench) -> Timing:
     dtype = getattr(torch, task.dtype)
 
     def matrix(rows: int, columns: int, turned: bool) -> torch.Tensor:
-        shape = (columns, rows) if turned else (rows, columns)
-        made = torch.randn(task.batch, *shape, device=bench.device).to(dtype)
+        shape = (task.batch, columns, rows) if turned else (task.batch, rows, columns)
+        made = bench.random.take(task.batch * rows * columns, dtype).view(shape)
         made = made.transpose(1, 2) if turned else made
         return made[0] if task.batch == 1 else made
 
@@ -99,8 +131,8 @@ def _attention(task: AttentionTask, bench: Bench) -> Timing:
     dtype = getattr(torch, task.dtype)
 
     def made(length: int, count: int, width: int) -> torch.Tensor:
-        values = torch.randn(batch, length, count, width, device=bench.device).to(dtype)
-        return values.transpose(1, 2).requires_grad_()
+        values = bench.random.take(batch * length * count * width, dtype)
+        return values.view(batch, length, count, width).transpose(1, 2).requires_grad_()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(

@@ -21,7 +21,7 @@ import torch.multiprocessing as multiprocessing
 from paraplan.errors import InputError
 from paraplan.measure_calls import RecordedCall
 from paraplan.measure_clock import Clock, Timing
-from paraplan.measure_ops import Bench, measure
+from paraplan.measure_ops import Bench, RandomPool, measure
 from paraplan.profile_tasks import Task
 
 CORE_SHARE_SECONDS = 0.06
@@ -65,13 +65,20 @@ class RankSettings:
 
 
 Report = Callable[[str, Timing], None]
-"""Called with a task's key and its timing as soon as there is one."""
+"""Called with a task's key and its timing as soon as there is one, each time it is measured."""
+
+ROUNDS, QUICK_ROUNDS = 3, 2
+"""All tasks are measured so often, one after the other, so that what disturbs the machine for some
+seconds disturbs one timing in three of a task, and not a whole corner of the grid."""
+
+BATCHES = 3
+"""Of each round; 2 with ``quick``."""
 
 
 def measure_on_ranks(
     tasks: Sequence[Task | RecordedCall], settings: RankSettings, report: Report
 ) -> Facts:
-    """Measure the tasks on all devices at once.
+    """Measure the tasks on all devices at once, in their order; one may come several times.
 
     Raises:
         InputError: a rank failed; with its own message.
@@ -173,8 +180,8 @@ def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
         agree = dist.new_group(backend="gloo")
         sizes = [n for n in range(2, settings.ranks + 1) if settings.ranks % n == 0]
         links = {n: _group(rank, n, settings.ranks) for n in sizes}
-    batches = 4 if settings.quick else 9
-    return Bench(Clock(device, seconds, batches, agree), links)
+    batches = BATCHES - settings.quick
+    return Bench(Clock(device, seconds, batches, agree), RandomPool(device), links)
 
 
 def _group(rank: int, size: int, ranks: int) -> Any:

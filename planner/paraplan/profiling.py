@@ -66,7 +66,7 @@ class Profile:
 
     Attributes:
         layers: whole layers; those not ``fitted`` are the test.
-        spread: median over all timings.
+        spread: median over all tasks.
         seconds: that it took.
     """
 
@@ -106,7 +106,13 @@ def profile_machine(
     Raises:
         InputError: a device cannot be measured.
     """
-    from paraplan.measure_ranks import RankSettings, key_of, measure_on_ranks
+    from paraplan.measure_ranks import (
+        QUICK_ROUNDS,
+        ROUNDS,
+        RankSettings,
+        key_of,
+        measure_on_ranks,
+    )
 
     began = time.perf_counter()
     dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
@@ -117,18 +123,25 @@ def profile_machine(
     tasks = list(dict.fromkeys(tasks))
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
     kept = _Kept(partial, _fingerprint(settings))
-    missing = [task for task in tasks if key_of(task) not in kept.known]
-    done(len(tasks) - len(missing), len(tasks))
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    missing = [
+        task
+        for already in range(rounds)
+        for task in tasks
+        if len(kept.known.get(key_of(task), ())) <= already
+    ]
+    of = rounds * len(tasks)
+    done(of - len(missing), of)
 
     def report(key: str, timing: tuple[float, float]) -> None:
         kept.add(key, timing)
-        done(sum(key_of(task) in kept.known for task in tasks), len(tasks))
+        done(sum(len(timings) for timings in kept.known.values()), of)
 
     try:
         facts = measure_on_ranks(missing, settings, report)
     finally:
         kept.save()
-    known = {task: Seconds(*kept.known[key_of(task)]) for task in tasks}
+    known = {task: _over_rounds(kept.known[key_of(task)]) for task in tasks}
     made = Measurements(
         tasks={task: timing for task, timing in known.items() if task not in set(calls)},
         calls=[_memory_call(call, known[call]) for call in calls],
@@ -141,6 +154,14 @@ def profile_machine(
     kept.forget()
     spread = median(timing.spread for timing in known.values())
     return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
+
+
+def _over_rounds(timings: Sequence[tuple[float, float]]) -> Seconds:
+    """The median of a task's rounds, and the larger of their spread and that inside them."""
+    seconds = [one for one, _ in timings]
+    middle = median(seconds)
+    inside = median(spread for _, spread in timings)
+    return Seconds(middle, max(inside, (max(seconds) - min(seconds)) / middle))
 
 
 def _threads(kind: str, ranks: int) -> int:
@@ -178,16 +199,19 @@ class _Kept:
     def __init__(self, path: Path | None, fingerprint: str) -> None:
         self._path, self._fingerprint = path, fingerprint
         self._saved = time.monotonic()
-        self.known: dict[str, tuple[float, float]] = {}
+        self.known: dict[str, list[tuple[float, float]]] = {}
         if path is not None and path.is_file():
             with suppress(ValueError, OSError, AttributeError):
                 content = json.loads(path.read_text())
                 if content.get("fingerprint") == fingerprint:
-                    self.known = {k: (float(s), float(p)) for k, (s, p) in content["known"].items()}
+                    self.known = {
+                        key: [(float(seconds), float(spread)) for seconds, spread in timings]
+                        for key, timings in content["known"].items()
+                    }
 
     def add(self, key: str, timing: tuple[float, float]) -> None:
-        """Keep one timing; write them every few seconds."""
-        self.known[key] = (timing[0], timing[1])
+        """Keep one more timing of a task; write all every few seconds."""
+        self.known.setdefault(key, []).append((timing[0], timing[1]))
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
