@@ -126,6 +126,16 @@ def test_expert_parallelism_divides_the_experts_weights() -> None:
     assert alone.predicted_gib - spread.predicted_gib > 16 * parameters * 7 / 8 / 2**30
 
 
+def test_tensor_exchanges_cost_the_host_launches_of_their_own() -> None:
+    """nanotron: two exchanges in a layer's forward; a backward launches twice as much."""
+    sizes = sizes_of(row(source="nanotron"))
+    alone, divided = (
+        sum(op.count for op in closed_form_graph(sizes, 2).blocks["layer"].variants[tensor].ops)
+        for tensor in (1, 2)
+    )
+    assert divided - alone == 3 * 2 * sizes.framework.exchange_calls > 0
+
+
 def test_model_flops_are_those_of_the_closed_form() -> None:
     # 6 FLOPs per weight of a product and token, and 3.5 times the causal attention's forward.
     sizes = sizes_of(row())
