@@ -197,7 +197,7 @@ def test_sharding(text: str, data: int, wanted: tuple[int, int]) -> None:
         ({"precision": "nvfp4"}, "h100-sxm has no figures for float4"),
         ({"recompute": "5 of 16"}, "recompute 5 of 16"),
         ({"n_experts": "8"}, "moe_ffn not published"),
-        (EXPERTS | {"ep": "4"}, "experts spread over tensor ranks"),  # two data ranks
+        (EXPERTS | {"ep": "8"}, "ep does not divide dp * cp"),  # two data ranks, two tensor ranks
         (EXPERTS | {"params_b": "6"}, "experts of several kinds"),
         ({"recompute": "see recipe"}, "recompute see recipe"),
         ({"micro_batch": ""}, "micro_batch not published"),

@@ -146,7 +146,8 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
         saved=saved,
         peak_bytes=(per_sequence(peak),),
         collectives=_exchanges(message, 2, 2) if tensor > 1 else (),
-        expert_dispatch_bytes=per_sequence(2 * s * h * sizes.chosen),
+        # Each tensor rank sends the tokens of its part of the sequence.
+        expert_dispatch_bytes=per_sequence(2 * s * h * sizes.chosen // tensor),
     )
 
 

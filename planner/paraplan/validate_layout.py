@@ -45,9 +45,7 @@ def layout_of(row: Row, sizes: ModelSizes) -> Layout:
         schedule = "interleaved-1f1b"
         if sizes.layers % (pipeline * virtual):
             virtual, schedule = _equal_chunks(sizes, pipeline, virtual)
-    expert = row.count("ep", 1) if sizes.experts else 1
-    if data * context % expert:
-        raise Unusable("experts spread over tensor ranks")
+    expert = _expert_degree(row, tensor, data * context) if sizes.experts else 1
     shard, zero_stage = _sharding(row, data)
     return Layout(
         data_replicate=data // shard,
@@ -70,6 +68,19 @@ def _equal_chunks(sizes: ModelSizes, pipeline: int, virtual: int) -> tuple[int, 
     if (sizes.layers + 2) % (pipeline * virtual) == 0:
         return virtual, "interleaved-1f1b"
     raise Unusable("layers do not divide over pp * vp")
+
+
+def _expert_degree(row: Row, tensor: int, ranks: int) -> int:
+    """Ranks over which the experts spread, beside the tensor ranks that divide each of them.
+
+    Megatron's spread over tensor ranks too and stay whole: as many weights and products a device.
+    """
+    expert = row.count("ep", 1)
+    if ranks % expert and expert % tensor == 0:
+        expert //= tensor
+    if ranks % expert:
+        raise Unusable("ep does not divide dp * cp")
+    return expert
 
 
 def _sharding(row: Row, data: int) -> tuple[int, int]:
