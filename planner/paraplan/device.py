@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from paraplan.errors import InputError
 from paraplan.files import describe_validation_error
-from paraplan.graph import attention_pairs
+from paraplan.graph import attention_flops
 from paraplan.op_table import Dtype, MeasuredOp, MeasuredTable, make_table
 from paraplan.profile_types import (
     Figure,
@@ -276,10 +276,9 @@ class Device(Frozen):
         flops = {}
         for position, op in enumerate(self.ops):
             if op.kind == "attention" and len(op.dims) == 7:
-                batch, heads, _, query, keys, head, value = op.dims
-                pairs = attention_pairs(query, keys, causal=op.causal, window=op.window)
-                scale = 2.0 if op.phase == "forward" else 5.0
-                flops[position] = scale * batch * heads * pairs * (head + value)
+                flops[position] = attention_flops(
+                    op.dims, causal=op.causal, window=op.window, phase=op.phase
+                )
         return make_table(self.ops, flops) if self.ops else None
 
     def with_memory(self, memory_capacity_bytes: Figure) -> Device:

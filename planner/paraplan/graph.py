@@ -11,6 +11,7 @@ sequence (``sequences = micro_batch_size / context``), follows without tracing a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -224,9 +225,7 @@ def cut_amounts(graph: ModelGraph) -> tuple[Amount, ...]:
 def op_flops(op: Op, sequences: float) -> float:
     """Floating-point operations of one call of ``op`` (a multiply-add is two).
 
-    Attention counts only the query-key pairs that the mask lets through; a backward call does
-    two and a half times the forward's products (five matrix products instead of two: Dao et
-    al. 2022, FlashAttention, section 3, the score matrix being recomputed).
+    Attention: `attention_flops`.
     """
     dims = [dim.at(sequences) for dim in op.dims]
     if op.kind == "gemm":
@@ -236,11 +235,27 @@ def op_flops(op: Op, sequences: float) -> float:
         _, m, n, k = dims
         return 2.0 * m * n * k
     if op.kind == "attention":
-        batch, heads, _, query_length, key_length, head_dim, value_dim = dims
-        pairs = attention_pairs(query_length, key_length, causal=op.causal, window=op.window)
-        forward = 2.0 * batch * heads * pairs * (head_dim + value_dim)
-        return forward if op.phase == "forward" else 2.5 * forward
+        return attention_flops(dims, causal=op.causal, window=op.window, phase=op.phase)
     return 0.0
+
+
+def attention_flops(
+    dims: Sequence[float],
+    *,
+    causal: bool,
+    window: int | None,
+    phase: Literal["forward", "backward"],
+) -> float:
+    """Floating-point operations of fused attention; ``dims`` as in `Op`.
+
+    Only the query-key pairs count that the mask lets through; a backward call does two and a half
+    times the forward's products (five matrix products instead of two: Dao et al. 2022,
+    FlashAttention, section 3, the score matrix being recomputed).
+    """
+    batch, heads, _, query_length, key_length, head_dim, value_dim = dims
+    pairs = attention_pairs(query_length, key_length, causal=causal, window=window)
+    forward = 2.0 * batch * heads * pairs * (head_dim + value_dim)
+    return forward if phase == "forward" else 2.5 * forward
 
 
 def attention_pairs(

@@ -33,7 +33,11 @@ from paraplan.profile_tasks import (
 from paraplan.trace_model import class_and_config, quiet_transformers
 
 MOST_COPIES = 16
+"""Inputs to rotate over: of calls so small that more were needed, a part stays in the cache, as it
+does between the calls of a model."""
+
 MOST_LAYER_COPIES = 3
+"""A layer's own weights and activations push its input out of the cache already."""
 
 
 class RandomPool:
@@ -276,7 +280,7 @@ def _launch(small: torch.Tensor, bench: Bench) -> Timing:
 def _optimizer(size: int, bench: Bench) -> Timing:
     """AdamW over parameters of several sizes; fused on GPUs, torch's default elsewhere."""
     elements = size // 28  # gradient read; parameter and two states read and written, fp32
-    shares = (0.4, 0.2, 0.2, 0.1, 0.1)
+    shares = (0.4, 0.2, 0.2, 0.1, 0.1)  # about those of a layer's matrices
     parameters = [
         torch.nn.Parameter(torch.randn(int(share * elements), device=bench.device))
         for share in shares

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from paraplan.device import Device, DtypeRates, Rates
 from paraplan.errors import InputError
-from paraplan.graph import Op, attention_pairs
+from paraplan.graph import Op, attention_flops, attention_pairs
 from paraplan.op_table import ANY_NAME, MeasuredTable, key
 
 ALIGNMENT = 8
@@ -159,9 +159,7 @@ def _measured_compute(
     elif op.kind == "attention" and op.window is None and dims[3] == dims[4]:
         curve = table.attention.get((op.phase, op.dtype, dims[5], op.causal))
         rate = curve.at(dims[4]) if curve is not None else None
-        pairs = attention_pairs(dims[3], dims[4], causal=op.causal, window=None)
-        scale = 2.0 if op.phase == "forward" else 5.0
-        flops = scale * dims[0] * dims[1] * pairs * (dims[5] + dims[6])
+        flops = attention_flops(dims, causal=op.causal, window=None, phase=op.phase)
     if rate is None:
         return None
     peak = rates.dtypes[op.dtype].peak

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from paraplan.block_compute import block_compute
 from paraplan.cluster import Cluster
 from paraplan.device import Device
-from paraplan.graph import ModelGraph, attention_pairs
+from paraplan.graph import ModelGraph, attention_flops
 from paraplan.layout import Layout
 from paraplan.op_table import Dtype, MeasuredOp
 from paraplan.profile_tasks import AttentionTask, GemmTask, LayerTask, LinkTask, RateTask
@@ -183,10 +183,9 @@ def _rates_of_attention(device: dict[str, Any], made: Measurements) -> None:
     """Of each head size the rate at the longest length, by what computes it."""
     longest: dict[tuple[str, int, str], tuple[int, float]] = {}
     for task, timing in made.of(AttentionTask):
-        batch, heads, _, queries, keys, size, value_size = task.dims
-        pairs = attention_pairs(queries, keys, causal=task.causal, window=None)
-        scale = 2.0 if task.phase == "forward" else 5.0
-        rate = scale * batch * heads * pairs * (size + value_size) / timing.seconds
+        keys, size = task.dims[4:6]
+        flops = attention_flops(task.dims, causal=task.causal, window=None, phase=task.phase)
+        rate = flops / timing.seconds
         name = (task.implementation, size, task.phase)
         if keys >= longest.get(name, (0, 0.0))[0] and (not task.causal or name not in longest):
             longest[name] = (keys, rate)
