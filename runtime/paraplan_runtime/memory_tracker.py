@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 from paraplan_runtime.gradients import local
@@ -107,12 +110,16 @@ class PeakTracker(MemTracker):
         self._peak_bytes = max(self._peak_bytes, total)
         if self._wanted_bytes is not None and total >= self._wanted_bytes:
             self.parts = self._held()
+            self._wanted_bytes = None  # on the way out of the step other calls come by
             raise PeakReached
 
     def _held(self) -> dict[str, int]:
         owners = dict(self._owners())
+        alive = list(self._WINFO.items())  # type: ignore[no-untyped-call]
+        if _fsdp_exchanges():  # what it has just made is not marked yet
+            owners.setdefault(alive[-1][0]._cdata, "gathered_parameters")
         parts: dict[str, int] = {}
-        for storage, (info, _) in self._WINFO.items():  # type: ignore[no-untyped-call]
+        for storage, (info, _) in alive:
             part = owners.get(storage._cdata)
             if part is None:
                 part = _MADE.get(info.reftype, "working")
@@ -144,6 +151,16 @@ class PeakTracker(MemTracker):
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     yield value, "optimizer"
+
+
+def _fsdp_exchanges() -> bool:
+    """Whether the caller is called from within FSDP's gathering or reducing."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _fsdp_collectives.__name__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _parameter_groups(model: ParallelModel) -> Iterator[Any]:
