@@ -89,6 +89,17 @@ def test_more_micro_batches_hold_no_more(model: str) -> None:
     assert 0 <= long.counted_bytes - short.counted_bytes <= 2 * 8 * 64 * 1024
 
 
+def test_tied_embeddings_with_dropout_under_tensor_and_pipeline(tmp_path: Path) -> None:
+    """The last stage has a copy of the embedding, whole where tensor ranks cannot divide it."""
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 16383}
+    config |= {"n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fix = "tensor=2,pipeline=2,recompute=none"
+    plan = estimate(str(tmp_path), gpus=4, fix=fix, global_batch=4, seq_len=512)
+    (stage,) = check_plan(plan, model=str(tmp_path), ranks=[1])
+    assert abs(stage.difference) <= TOLERANCE
+
+
 def test_attention_is_kept_where_nothing_was_traced_before() -> None:
     """Selective recomputation finds the op that stands for a fused kernel by its name."""
     lines = [

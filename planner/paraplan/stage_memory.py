@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from paraplan.block_cost import BlockCost
 from paraplan.chain import ChainCost, Runs
+from paraplan.engine import REDUCE_BYTES
 from paraplan.graph import RECOMPUTE_MODES
 from paraplan.recompute import Choice, LayerKind, Room
 
@@ -135,7 +136,7 @@ def stage_memory(chain: ChainCost, depth: float, runs: Runs, counts: Sequence[in
     )
     held = _held(chain, depth, runs, counts)
     opening = chain.costs[chain.shape.kind_at[runs[0][0]]]
-    moments = _moments(chain, depth, held, by_role, opening)
+    moments = _moments(chain, depth, held, by_role, opening, _copied(chain, runs))
     return StageMemory(moments, layers, works)
 
 
@@ -145,6 +146,7 @@ def _moments(
     held: dict[str, float],
     by_role: Mapping[str, list[tuple[int, BlockCost]]],
     opening: BlockCost,
+    copy: float,
 ) -> tuple[Moment, ...]:
     layout = chain.layout
     number = sum(n for n, _ in by_role["layer"])
@@ -160,9 +162,11 @@ def _moments(
         reduced = 1 / layout.data_shard if depth <= 1 else 0.0
     layer = reduced * max((cost.reduce_bytes for _, cost in by_role["layer"]), default=0.0)
     carried = 0.0  # what the micro-batch before reduced last; with a head that is a norm
-    if not early and not deferred and (others or not heads):
-        carried = reduced * opening.reduce_bytes
+    if not early and not deferred and (others or copy or not heads):
+        carried = reduced * (REDUCE_BYTES * copy or opening.reduce_bytes)
     before = max((reduced * cost.reduce_bytes for cost in heads), default=carried)
+    if chain.graph.tied_parameters:  # such a head's norm is reduced with the embedding, at the end
+        before = max(before, carried)
     one_layer = 1 / (max(1, number) * depth)  # of all saved activations
     chunk = 1 / (depth * layout.virtual_stages)  # of them, those of one micro-batch in a stage
     head_works = tuple(work for cost in heads for work in _head_works(chain, cost, carried))
@@ -171,7 +175,7 @@ def _moments(
         moments.append(Moment(first, 1 - one_layer, (), layer))
     left = min(1.0, max(0.0, 1 - chunk + one_layer))
     reducing = layer if number > 1 else 0.0
-    moments.append(Moment(held, left, tuple(map(_outer_work, others)), reducing))
+    moments.append(Moment(held, left, tuple(_reduction(chain, c) for c in others), reducing))
     if layout.micro_batches == 1 and chain.engine.gradient_bytes is None:
         moments = _freeing(moments, by_role)
     pairs = [pair for each in by_role.values() for pair in each]
@@ -204,8 +208,7 @@ def _held(chain: ChainCost, depth: float, runs: Runs, counts: Sequence[int]) -> 
     """What waits through a step, by part (see `MemoryParts`)."""
     layout, costs = chain.layout, chain.costs
     pairs = list(zip(counts, costs, strict=True))
-    tied = chain.graph.tied_parameters / layout.tensor if _holds_copy(chain, runs) else 0.0
-    copy = tied / layout.data_shard
+    copy = _copied(chain, runs) / layout.data_shard
     saved = sum(
         depth * n * cost.compute.saved_bytes["none"]
         for k, (n, cost) in enumerate(pairs)
@@ -227,7 +230,8 @@ def _held(chain: ChainCost, depth: float, runs: Runs, counts: Sequence[int]) -> 
         "activations": saved + _waiting_outputs(chain, depth),
         "working": 0.0,
         "gathered_parameters": sum(n * cost.resident_bytes for n, cost in pairs)
-        + max(cost.buffer_bytes for n, cost in pairs),
+        + max(cost.buffer_bytes for n, cost in pairs)
+        + _tied_resident(chain, runs),
         "communication": communicators * chain.device.communicator_memory_bytes.value,
     }
 
@@ -246,10 +250,35 @@ def _waiting_outputs(chain: ChainCost, depth: float) -> float:
     return depth * layout.virtual_stages * max(chain.cut_bytes)
 
 
-def _holds_copy(chain: ChainCost, runs: Runs) -> bool:
-    """Whether the stage holds a second copy of the tied embedding."""
+def _copied(chain: ChainCost, runs: Runs) -> float:
+    """Parameters of the stage's second copy of the tied embedding, if it holds one."""
     last = len(chain.shape.kind_at)
-    return bool(chain.graph.tied_parameters) and runs[-1][1] == last and runs[0][0] != 0
+    if runs[-1][1] != last or runs[0][0] == 0:
+        return 0.0
+    return _tied(chain)
+
+
+def _tied(chain: ChainCost) -> float:
+    """Tied parameters on one tensor rank: split with the first block's, or whole as they are."""
+    graph = chain.graph
+    if not graph.tied_parameters:
+        return 0.0
+    variants = graph.blocks[graph.chain[0].block].variants
+    elsewhere = variants[1].parameters - variants[chain.layout.tensor].parameters
+    return float(graph.tied_parameters - elsewhere)
+
+
+def _tied_resident(chain: ChainCost, runs: Runs) -> float:
+    """Tied parameters unsharded, beside what their own block holds of them.
+
+    FSDP gathers them with the root, which keeps them from forward to backward in any ZeRO stage.
+    """
+    layout, item_bytes = chain.layout, chain.numerics.compute
+    if item_bytes == REDUCE_BYTES and layout.data_ranks * layout.context == 1:
+        return 0.0  # FSDP is left out
+    if runs[0][0] == 0 and layout.zero_stage == 3:
+        return item_bytes * _tied(chain)
+    return item_bytes * _copied(chain, runs)
 
 
 def _head_works(chain: ChainCost, cost: BlockCost, carried: float) -> tuple[Work, Work]:
@@ -261,12 +290,15 @@ def _head_works(chain: ChainCost, cost: BlockCost, carried: float) -> tuple[Work
     gathered = carried + (cost.unsharded_bytes if chain.layout.zero_stage == 3 else 0.0)
     saved = cost.compute.saved_bytes["none"]
     computing = Work(saved, cost.compute.peak_bytes - saved, gathered)
-    return computing, Work(0.0, 0.0, cost.reduce_bytes + cost.made_bytes)
+    return computing, _reduction(chain, cost)
 
 
-def _outer_work(cost: BlockCost) -> Work:
-    """The embedding's backward: its gradient is made and reduced."""
-    return Work(0.0, 0.0, cost.made_bytes + cost.reduce_bytes)
+def _reduction(chain: ChainCost, cost: BlockCost) -> Work:
+    """A block's gradients, made and reduced; their shard is added to the micro-batches' before."""
+    layout = chain.layout
+    accumulates = layout.zero_stage >= 2 and layout.micro_batches > 1
+    shard = cost.reduce_bytes / layout.data_shard if accumulates else 0.0
+    return Work(0.0, 0.0, cost.made_bytes + cost.reduce_bytes + shard)
 
 
 def _layer_works(chain: ChainCost, cost: BlockCost, number: int) -> tuple[Work, Work, Work]:

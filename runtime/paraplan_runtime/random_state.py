@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from paraplan_runtime.mesh import Ranks
+from paraplan_runtime.rehearsal import real_tensors
 
 _STRIDE = 1_000_003
 """Between the seeds of streams: a prime, which keeps those of neighbouring seeds apart."""
@@ -76,8 +77,9 @@ class SplitStream:
             generator.manual_seed((self._common + _STRIDE * (self._place + 1)) % 2**63)
             generator.set_offset(offset)
             return
-        seed = int(torch.randint(2**62, ()))
-        self._common = torch.get_rng_state()
+        with real_tensors():
+            seed = int(torch.randint(2**62, ()))
+            self._common = torch.get_rng_state()
         torch.default_generator.manual_seed(seed + _STRIDE * self._place)
 
     def leave(self) -> None:
