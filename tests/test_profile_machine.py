@@ -83,7 +83,17 @@ def test_a_named_models_own_products_are_measured(
     assert done.returncode == 0, done.stderr
     asked = ["plan", "--model", str(model), "--cluster", str(output), "--seq-len", "64"]
     planned = subprocess.run(
-        [sys.executable, "-m", "paraplan.cli", *asked[1:], "--global-batch", "4", "--json"],
+        [
+            sys.executable,
+            "-m",
+            "paraplan.cli",
+            *asked[1:],
+            "--global-batch",
+            "4",
+            "--precision",
+            "fp32",
+            "--json",
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -113,7 +123,7 @@ def test_plans_of_this_machine_come_near_what_it_does(
         str(output),
     ]
     done = subprocess.run(
-        [sys.executable, str(script), *chosen, str(output)],
+        [sys.executable, str(script), *chosen, "--output", str(output)],
         env=environment,
         capture_output=True,
         text=True,
