@@ -152,9 +152,10 @@ class _Shards:
         """Update with the gradients that there are, and forget them."""
         for plain, parameter in zip(self.plain, self.trained, strict=True):
             plain.grad = None if parameter.grad is None else local(parameter.grad)
-            parameter.grad = None
         optimizer.step()
         optimizer.zero_grad()
+        for parameter in self.trained:
+            parameter.grad = None
 
 
 def _make_state(shards: _Shards, optimizer: torch.optim.Optimizer) -> None:
