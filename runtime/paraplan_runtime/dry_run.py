@@ -9,6 +9,7 @@ the first had its peak and looks who holds what there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def rehearse(
     rank = pipeline_rank * (layout.devices // layout.pipeline)
     batch = inputs(layout.global_batch)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _imagined_job(rank, layout.devices), imagined_pipeline(), fake:
+    with _imagined_job(rank, layout.devices), imagined_pipeline(), fake, _without_torchs_log():
         parallel = parallelize(model, short, device_type="cpu")
         shards = _Shards(parallel)
         optimizer = make(shards.plain)
@@ -126,6 +127,18 @@ def rehearse(
         parts=tracker.parts,
         optimizer_peak_bytes=peak.optimizer_peak_bytes,
     )
+
+
+@contextmanager
+def _without_torchs_log() -> Iterator[None]:
+    """A step that fails raises what is wrong; torch would print its traceback as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _find_peak(step: Callable[[], None], tracker: PeakTracker) -> Peak:
