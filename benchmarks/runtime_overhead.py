@@ -83,14 +83,14 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
 
 
 def data_by_hand() -> Step:
-    """FSDP2 by layer, gradients reduced in each micro-batch."""
+    """FSDP2 by layer, embedding and head apart; gradients reduced in each micro-batch."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
     model = build_model()
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+    for module in (model.model.embed_tokens, *model.model.layers, model.lm_head):
+        fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 

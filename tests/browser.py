@@ -64,6 +64,8 @@ class Browser:
         """A window of this width, a colour scheme, and ``print`` as the medium if wanted."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._devtools("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
+        # Without it some versions of a headless Chromium send no focus events.
+        self._devtools("Emulation.setFocusEmulationEnabled", {"enabled": True})
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self._devtools("Emulation.setDeviceMetricsOverride", size)
 
