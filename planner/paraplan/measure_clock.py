@@ -27,10 +27,17 @@ CACHES = 2.5
 
 
 class Timing(NamedTuple):
-    """Seconds of one call, and (90th - 10th percentile) / median of its batches."""
+    """Of one call.
+
+    Attributes:
+        seconds: the mean over the ranks of their medians.
+        spread: (90th - 10th percentile) / median of the batches.
+        lag: by what share the slowest rank's median exceeds the mean.
+    """
 
     seconds: float
     spread: float
+    lag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ class Clock:
         values = torch.tensor(timing, dtype=torch.float64)
         dist.all_reduce(values, group=self.group)
         mean = values / dist.get_world_size(self.group)
-        return Timing(float(mean[0]), float(mean[1]))
+        slowest = self._slowest(timing.seconds)
+        return Timing(float(mean[0]), float(mean[1]), slowest / float(mean[0]) - 1)
 
 
 def summary(seconds: Sequence[float]) -> Timing:

@@ -204,7 +204,10 @@ def _transfer(message: torch.Tensor, group: dist.ProcessGroup, bench: Bench) -> 
 
 
 def _layer(task: LayerTask, bench: Bench) -> Timing:
-    """Forward and backward of the first layer with what the model hands it."""
+    """Forward and backward of the first layer with what the model hands it, on the slowest rank.
+
+    Steps wait for that rank, so the scale that is fitted to layers has to know it.
+    """
     source = model_of_config(json.loads(task.config))
     with quiet_transformers():
         cls, config = class_and_config(source)
@@ -235,7 +238,8 @@ def _layer(task: LayerTask, bench: Bench) -> Timing:
         output = made[0] if isinstance(made, tuple) else made
         torch.autograd.grad(output, [source, *parameters], gradient)
 
-    return bench.clock.time([partial(step, one) for one in hidden])
+    timing = bench.clock.time([partial(step, one) for one in hidden])
+    return timing._replace(seconds=timing.seconds * (1 + timing.lag))
 
 
 def _detached(value: Any) -> Any:

@@ -19,6 +19,9 @@ from paraplan.profiling import Done, Profile, profile_machine
 UNSTABLE = 0.2
 """Median spread of the timings from which on something else must be using the device."""
 
+LAGGING = 0.1
+"""From this share on the slowest device is named: healthy ones differ by less."""
+
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``plan profile``."""
@@ -101,6 +104,7 @@ def as_json(made: Profile) -> dict[str, object]:
         "seconds": made.seconds,
         "timings": made.timings,
         "spread": made.spread,
+        "lag": made.lag,
         "test_error": made.test_error,
         "layers": [
             {
@@ -122,6 +126,11 @@ def as_text(made: Profile) -> str:
     ]
     if made.spread > UNSTABLE:
         lines.append("warning: timings are unstable, something else seems to use the device")
+    if made.lag > LAGGING:
+        lines.append(
+            f"warning: the slowest device takes {made.lag:.0%} longer than the mean of all, and "
+            "steps wait for it"
+        )
     lines += ["", f"{'whole layer':34s} {'measured':>10s} {'predicted':>10s} {'error':>7s}"]
     for one in made.layers:
         config = json.loads(one.task.config)

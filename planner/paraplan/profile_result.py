@@ -20,10 +20,11 @@ from paraplan.profile_tasks import AttentionTask, GemmTask, LayerTask, LinkTask,
 
 
 class Seconds(NamedTuple):
-    """Of one call, and the spread of its batches."""
+    """Of one call, over all rounds; the fields of `measure_clock.Timing`."""
 
     seconds: float
     spread: float
+    lag: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from paraplan.trace_cache import model_graph
 
 if TYPE_CHECKING:
     from paraplan.measure_calls import RecordedCall
+    from paraplan.measure_clock import Timing
     from paraplan.measure_ranks import Facts
 
 SIZES_OF_A_NAME = 8
@@ -67,12 +68,14 @@ class Profile:
     Attributes:
         layers: whole layers; those not ``fitted`` are the test.
         spread: median over all tasks.
+        lag: by what share the slowest device exceeds the mean; median over the layers.
         seconds: that it took.
     """
 
     cluster: Cluster
     layers: tuple[LayerResult, ...]
     spread: float
+    lag: float
     timings: int
     seconds: float
 
@@ -133,7 +136,7 @@ def profile_machine(
     of = rounds * len(tasks)
     done(of - len(missing), of)
 
-    def report(key: str, timing: tuple[float, float]) -> None:
+    def report(key: str, timing: Timing) -> None:
         kept.add(key, timing)
         done(sum(len(timings) for timings in kept.known.values()), of)
 
@@ -153,15 +156,16 @@ def profile_machine(
     cluster, layers = _scaled(measured_cluster(base, made), made)
     kept.forget()
     spread = median(timing.spread for timing in known.values())
-    return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
+    lag = median(timing.lag for _, timing in made.of(LayerTask))
+    return Profile(cluster, layers, spread, lag, len(tasks), time.perf_counter() - began)
 
 
-def _over_rounds(timings: Sequence[tuple[float, float]]) -> Seconds:
+def _over_rounds(timings: Sequence[Sequence[float]]) -> Seconds:
     """The median of a task's rounds, and the larger of their spread and that inside them."""
-    seconds = [one for one, _ in timings]
+    seconds, spreads, lags = zip(*timings, strict=True)
     middle = median(seconds)
-    inside = median(spread for _, spread in timings)
-    return Seconds(middle, max(inside, (max(seconds) - min(seconds)) / middle))
+    spread = max(median(spreads), (max(seconds) - min(seconds)) / middle)
+    return Seconds(middle, spread, median(lags))
 
 
 def _threads(kind: str, ranks: int) -> int:
@@ -189,7 +193,7 @@ def _base(kind: str, ranks: int) -> Cluster:
 def _fingerprint(settings: Any) -> str:
     import torch
 
-    parts = [asdict(settings), torch.__version__]
+    parts = [asdict(settings), torch.__version__, Seconds._fields]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -199,19 +203,19 @@ class _Kept:
     def __init__(self, path: Path | None, fingerprint: str) -> None:
         self._path, self._fingerprint = path, fingerprint
         self._saved = time.monotonic()
-        self.known: dict[str, list[tuple[float, float]]] = {}
+        self.known: dict[str, list[tuple[float, ...]]] = {}
         if path is not None and path.is_file():
             with suppress(ValueError, OSError, AttributeError):
                 content = json.loads(path.read_text())
                 if content.get("fingerprint") == fingerprint:
                     self.known = {
-                        key: [(float(seconds), float(spread)) for seconds, spread in timings]
+                        key: [tuple(map(float, timing)) for timing in timings]
                         for key, timings in content["known"].items()
                     }
 
-    def add(self, key: str, timing: tuple[float, float]) -> None:
+    def add(self, key: str, timing: tuple[float, ...]) -> None:
         """Keep one more timing of a task; write all every few seconds."""
-        self.known.setdefault(key, []).append((timing[0], timing[1]))
+        self.known.setdefault(key, []).append(tuple(timing))
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
