@@ -36,7 +36,10 @@ class Framework:
         gradient_bytes: moved for each parameter to add a micro-batch's gradient to the sum; 0
             where the product's own kernel adds it.
         attention: implementation where a row says only ``flash``.
-        keeps_gathered: share of the products' gathered inputs that are kept for the backward.
+        gathers_again: the backward gathers the inputs of column-parallel products again.
+        keeps_scattered: the outputs of row-parallel products stay until the backward, scattered.
+        pending_bytes: of each token and hidden element that wait for the tensor exchanges' stream
+            at most, the host being ahead; without and with a pipeline, whose transfers hold it.
         balanced: stages are cut by cost, else by number of layers.
         waits: its tensor exchanges wait, step by step, for the network between nodes once a
             pipeline's transfers are under way on it.
@@ -55,7 +58,9 @@ class Framework:
     exchange_calls: int = 0
     gradient_bytes: int = 0
     attention: str = "flash-attention-2"
-    keeps_gathered: float = 1.0
+    gathers_again: bool = False
+    keeps_scattered: bool = False
+    pending_bytes: tuple[int, int] = (0, 0)
     balanced: bool = False
     waits: bool = False
     engine: Engine = RUNTIME
@@ -70,7 +75,9 @@ FRAMEWORKS: tuple[Framework, ...] = (
         calls=75,
         exchange_calls=10,
         gradient_bytes=10,  # bf16 gradient read, fp32 sum read and written
-        keeps_gathered=0.5,
+        gathers_again=True,
+        keeps_scattered=True,
+        pending_bytes=(64, 8),
         balanced=True,
         waits=True,
         engine=Engine(gradient_bytes=6, copies=False),  # bf16, and the fp32 sum

@@ -192,8 +192,11 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
     sharded = qkv + out + mlp
     # Megatron-LM gathers the inputs of column-parallel products again in the backward; others
     # keep them gathered.
-    gathered = per_sequence(2 * x * sizes.framework.keeps_gathered if sizes.eager else 0)
+    keeps = sizes.eager and not sizes.framework.gathers_again
+    gathered = per_sequence(2 * x if keeps else 0)
     replicated -= gathered.per_sequence
+    if sizes.framework.keeps_scattered and tensor > 1:
+        replicated += 2 * x
     none = Saved(
         sharded=per_sequence(sharded + core),
         replicated=per_sequence(replicated),

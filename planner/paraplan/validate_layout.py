@@ -147,8 +147,11 @@ def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
     if not sizes.framework.waits:
         return engine
     wait = cluster.link_between.speeds.latency if cluster.nodes > 1 else 0.0
+    tokens = layout.micro_batch_size * sizes.sequence_length
+    pending = sizes.framework.pending_bytes[layout.pipeline > 1] if layout.tensor > 1 else 0
     return replace(
         engine,
+        buffer_bytes=float(pending * tokens * sizes.hidden),
         bucket_bytes=ZERO_BUCKET if layout.zero_stage else DDP_BUCKET,
         overlaps_data=layout.pipeline == 1 and layout.zero_stage == 0,
         exchange_wait_seconds=wait if layout.pipeline > 1 else 0.0,
