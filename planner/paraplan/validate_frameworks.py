@@ -80,7 +80,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         pending_bytes=(64, 8),
         balanced=True,
         waits=True,
-        engine=Engine(gradient_bytes=6, copies=False),  # bf16, and the fp32 sum
+        engine=Engine(copies=False),  # the rest by layout: `validate_layout.engine_of`
     ),
     Framework(
         "Megatron-DeepSpeed",
