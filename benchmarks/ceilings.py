@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
+from paraplan.validate_layout import transfers_of
 from paraplan.validate_predict import Prediction
 from paraplan.validate_statistics import LEAST_SWEEP, Pair, rank_correlation, regret
 
@@ -64,24 +65,14 @@ def _noisy_rank(layouts: Sequence[Sequence[Prediction]], spread: float) -> float
     )
 
 
-def transfers(one: Prediction) -> int:
-    """Transfers on the longest way through a pipelined step, each direction on its own."""
-    count = one.row.count
-    stages = count("pp")
-    if stages == 1:
-        return 0
-    micro_batches = count("global_batch") // (count("dp") * count("micro_batch"))
-    return min(2 * (stages - 1), 4) * micro_batches + 2 * (stages - 2)
-
-
 def wait_seconds(one: Prediction) -> float:
     """Seconds of each transfer that the prediction does not have."""
-    return ((one.measured_s or 0.0) - one.predicted_s) / transfers(one)
+    return ((one.measured_s or 0.0) - one.predicted_s) / transfers_of(one.row)
 
 
 def is_slow(one: Prediction) -> bool:
     """Whether the run is of the mode in which every transfer waits."""
-    return transfers(one) > 0 and wait_seconds(one) > TRANSFER_WAIT_SECONDS / 2
+    return transfers_of(one.row) > 0 and wait_seconds(one) > TRANSFER_WAIT_SECONDS / 2
 
 
 def mode_tables(predictions: Sequence[Prediction]) -> str:
@@ -119,6 +110,7 @@ def _figures(rows: Sequence[Prediction], *, known: bool) -> str:
 
 def _pair(layout: Sequence[Prediction], known: bool) -> Pair:
     predicted = [
-        p.predicted_s + known * is_slow(p) * TRANSFER_WAIT_SECONDS * transfers(p) for p in layout
+        p.predicted_s + known * is_slow(p) * TRANSFER_WAIT_SECONDS * transfers_of(p.row)
+        for p in layout
     ]
     return fmean(predicted), fmean(p.measured_s or 0.0 for p in layout)

@@ -41,6 +41,8 @@ class Framework:
         pending_bytes: of each token and hidden element that wait for the tensor exchanges' stream
             at most, the host being ahead; without and with a pipeline, whose transfers hold it.
         balanced: stages are cut by cost, else by number of layers.
+        crowded_wait_seconds: of each pipeline transfer in a run that needs more than its devices
+            have: for its buffer the allocator returns memory and waits for the device.
         waits: its tensor exchanges wait, step by step, for the network between nodes once a
             pipeline's transfers are under way on it.
         engine: how it exchanges.
@@ -62,6 +64,7 @@ class Framework:
     keeps_scattered: bool = False
     pending_bytes: tuple[int, int] = (0, 0)
     balanced: bool = False
+    crowded_wait_seconds: float = 0.0
     waits: bool = False
     engine: Engine = RUNTIME
 
@@ -79,6 +82,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         keeps_scattered=True,
         pending_bytes=(64, 8),
         balanced=True,
+        crowded_wait_seconds=0.265,  # docs/accuracy.md, "Two modes of nanotron"
         waits=True,
         engine=Engine(copies=False),  # the rest by layout: `validate_layout.engine_of`
     ),

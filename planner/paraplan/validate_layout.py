@@ -10,6 +10,7 @@ from paraplan.cluster import Cluster
 from paraplan.engine import Engine
 from paraplan.layout import Layout, Schedule
 from paraplan.partition import Cuts, Staged
+from paraplan.validate_frameworks import Framework
 from paraplan.validate_model import tensor_reason
 from paraplan.validate_ops import ModelSizes
 from paraplan.validate_rows import Row, Unusable
@@ -158,6 +159,24 @@ def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
         overlaps_data=layout.pipeline == 1 and layout.zero_stage == 0,
         exchange_wait_seconds=wait if layout.pipeline > 1 else 0.0,
     )
+
+
+def transfers_of(row: Row) -> int:
+    """Transfers on the longest way through a pipelined step, each direction on its own."""
+    stages = row.count("pp")
+    if stages == 1:
+        return 0
+    micro_batches = row.count("global_batch") // (row.count("dp") * row.count("micro_batch"))
+    return min(2 * (stages - 1), 4) * micro_batches + 2 * (stages - 2)
+
+
+def crowded_seconds(
+    row: Row, framework: Framework, needed_bytes: float, capacity_bytes: float
+) -> float:
+    """What a step takes longer because the fullest device cannot hold what it needs."""
+    if needed_bytes <= capacity_bytes:
+        return 0.0
+    return framework.crowded_wait_seconds * transfers_of(row)
 
 
 def comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:

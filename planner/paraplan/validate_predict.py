@@ -10,7 +10,13 @@ from paraplan.partition import staged
 from paraplan.problem import MEMORY_FRACTION, Problem, chain_cost
 from paraplan.uncertainty import computing_share, kind_of
 from paraplan.validate_graph import closed_form_graph
-from paraplan.validate_layout import comparable_gib, cuts_of, engine_of, layout_of
+from paraplan.validate_layout import (
+    comparable_gib,
+    crowded_seconds,
+    cuts_of,
+    engine_of,
+    layout_of,
+)
 from paraplan.validate_machines import Machines
 from paraplan.validate_model import sizes_of
 from paraplan.validate_recompute import kept_layers, modes_of
@@ -104,11 +110,13 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     found = staged(chain, cuts, forced=True)
     assert found is not None, "forced costs always exist"
     needed = max(stage.memory_bytes for stage in found.stages)
+    capacity = device.memory_capacity_bytes.value
+    waits = crowded_seconds(row, sizes.framework, needed, capacity)
     layers = range(1, sizes.layers + 1)
     computing = computing_share(chain, dict.fromkeys(layers, modes_of(row)[0]), found.step_seconds)
     return Prediction(
         row=row,
-        predicted_s=found.step_seconds,
+        predicted_s=found.step_seconds + waits,
         predicted_gib=comparable_gib(row, chain, found),
         fits=needed <= problem.capacity_bytes,
         device=device.name,
