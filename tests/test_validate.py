@@ -14,7 +14,7 @@ from paraplan.graph import op_flops
 from paraplan.problem import MEMORY_FRACTION
 from paraplan.validate import as_json, validate_files, validate_main
 from paraplan.validate_graph import closed_form_graph, parameter_count
-from paraplan.validate_layout import cost_cuts, equal_cuts, layout_of
+from paraplan.validate_layout import cost_cuts, crowded_seconds, equal_cuts, layout_of
 from paraplan.validate_machines import node_bytes_per_second
 from paraplan.validate_model import sizes_of
 from paraplan.validate_predict import predict
@@ -168,6 +168,30 @@ def test_narrow_products_keep_narrow_inputs() -> None:
     s, h, ffn = 2048, 2048, 8192
     assert wide.replicated.per_sequence - narrow.replicated.per_sequence == 2 * s * h
     assert wide.sharded.per_sequence - narrow.sharded.per_sequence == s * (h + ffn)
+
+
+def test_nanotron_keeps_tensor_parallel_activations_in_shards() -> None:
+    """Two norms' inputs and outputs, and the outputs of two row-parallel products: 12 s b h / t."""
+    sizes = sizes_of(row(source="nanotron"))
+    one, two = (
+        closed_form_graph(sizes, 2).blocks["layer"].variants[t].saved["none"] for t in (1, 2)
+    )
+    s, h = sizes.sequence_length, sizes.hidden
+    assert one.replicated.per_sequence == 8 * s * h
+    assert two.replicated.per_sequence == 12 * s * h  # divided by sequence parallelism
+    assert one.gathered.per_sequence == two.gathered.per_sequence == 0
+
+
+def test_a_crowded_device_waits_at_every_transfer() -> None:
+    cells = {"source": "nanotron", "pp": "4", "dp": "1", "micro_batch": "2"}
+    for needed, wanted in ((80e9, 0.0), (81e9, 0.265 * (4 * 8 + 2 * 2))):
+        made = row(**cells)
+        framework = sizes_of(made).framework
+        assert crowded_seconds(made, framework, needed, 80e9) == pytest.approx(wanted)
+    assert crowded_seconds(row(), sizes_of(row()).framework, 81e9, 80e9) == 0.0
+    heavy = cells | {"seq_len": "8192", "micro_batch": "16", "global_batch": "256"}
+    found = predict(row(**heavy))
+    assert not found.fits and found.predicted_s > 0.265 * (4 * 16 + 2 * 2)
 
 
 @pytest.mark.parametrize(
