@@ -108,10 +108,12 @@ CASES = (
 )
 
 
-def shallow(model: str, layers: int, folder: Path) -> str:
+def shallow(
+    model: str, layers: int, folder: Path, depths: tuple[str, ...] = ("num_hidden_layers",)
+) -> str:
     """A model by name with fewer layers, as a folder with its configuration."""
     preset = resources.files("paraplan").joinpath("presets", f"{model}.json")
-    config = json.loads(preset.read_text()) | {"num_hidden_layers": layers}
+    config = json.loads(preset.read_text()) | dict.fromkeys(depths, layers)
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory_cases import CASES, Case, checked
+from memory_cases import CASES, Case, checked, shallow
 
 from paraplan import estimate
 from paraplan.check import COMPARED, TOLERANCE, CheckedStage, check_plan
@@ -97,6 +97,25 @@ def test_tied_embeddings_with_dropout_under_tensor_and_pipeline(tmp_path: Path) 
     fix = "tensor=2,pipeline=2,recompute=none"
     plan = estimate(str(tmp_path), gpus=4, fix=fix, global_batch=4, seq_len=512)
     (stage,) = check_plan(plan, model=str(tmp_path), ranks=[1])
+    assert abs(stage.difference) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "depths"),
+    [
+        ("bert-large", 2, ("num_hidden_layers",)),
+        ("t5-large", 2, ("num_layers", "num_decoder_layers")),
+        ("vit-huge", 6, ("num_hidden_layers",)),
+    ],
+)
+def test_models_with_a_loss_of_their_own(
+    name: str, layers: int, depths: tuple[str, ...], tmp_path: Path
+) -> None:
+    """An encoder, both, and one for images."""
+    folder = shallow(name, layers, tmp_path, depths)
+    fix = "data_shard=2,zero_stage=2,micro_batch_size=16"
+    plan = estimate(folder, gpus=2, fix=fix, global_batch=64)
+    (stage,) = check_plan(plan, model=folder)
     assert abs(stage.difference) <= TOLERANCE
 
 

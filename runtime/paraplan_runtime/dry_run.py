@@ -10,6 +10,7 @@ the first had its peak and looks who holds what there.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,12 +132,17 @@ def rehearse(
 
 @contextmanager
 def _without_torchs_log() -> Iterator[None]:
-    """A step that fails raises what is wrong; torch would print its traceback as well."""
+    """A step that fails raises what is wrong; torch would print its traceback as well.
+
+    And it would warn of views that a model might overwrite: nothing here depends on gradients.
+    """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*returned a view tensor")
+            yield
     finally:
         log.setLevel(level)
 
