@@ -32,7 +32,8 @@ class Timing(NamedTuple):
     Attributes:
         seconds: the mean over the ranks of their medians.
         spread: (90th - 10th percentile) / median of the batches.
-        lag: by what share the slowest rank's median exceeds the mean.
+        lag: what ranks lose that wait for each other after every batch: by what share the mean of
+            each batch's slowest rank exceeds ``seconds``.
     """
 
     seconds: float
@@ -73,7 +74,7 @@ class Clock:
             self._elapsed(calls, min(count, len(calls) + 1))
         self.wait_for_all()
         seconds = [self._elapsed(calls, count) / count for _ in range(batches)]
-        return self._together(summary(seconds))
+        return self._together(seconds)
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -101,21 +102,20 @@ class Clock:
         ended.synchronize()
         return float(began_event.elapsed_time(ended)) / 1e3
 
-    def _slowest(self, seconds: float) -> float:
-        if self.group is None:
-            return seconds
-        value = torch.tensor(seconds, dtype=torch.float64)
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
-        return float(value)
+    def _slowest(self, *seconds: float) -> float:
+        """The mean of each one's largest value on any rank."""
+        values = torch.tensor(seconds, dtype=torch.float64)
+        if self.group is not None:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return float(values.mean())
 
-    def _together(self, timing: Timing) -> Timing:
+    def _together(self, seconds: Sequence[float]) -> Timing:
         if self.group is None:
-            return timing
-        values = torch.tensor(timing, dtype=torch.float64)
+            return summary(seconds)
+        values = torch.tensor(summary(seconds), dtype=torch.float64)
         dist.all_reduce(values, group=self.group)
-        mean = values / dist.get_world_size(self.group)
-        slowest = self._slowest(timing.seconds)
-        return Timing(float(mean[0]), float(mean[1]), slowest / float(mean[0]) - 1)
+        mean, spread, _ = (values / dist.get_world_size(self.group)).tolist()
+        return Timing(mean, spread, max(0.0, self._slowest(*seconds) / mean - 1))
 
 
 def summary(seconds: Sequence[float]) -> Timing:

@@ -204,9 +204,10 @@ def _transfer(message: torch.Tensor, group: dist.ProcessGroup, bench: Bench) -> 
 
 
 def _layer(task: LayerTask, bench: Bench) -> Timing:
-    """Forward and backward of the first layer with what the model hands it, on the slowest rank.
+    """Forward and backward of the first layer with what the model hands it, by the slowest rank.
 
-    Steps wait for that rank, so the scale that is fitted to layers has to know it.
+    In a step the ranks wait for each other about as often, and the scale that is fitted to layers
+    has to know what that costs.
     """
     source = model_of_config(json.loads(task.config))
     with quiet_transformers():

@@ -20,7 +20,7 @@ UNSTABLE = 0.2
 """Median spread of the timings from which on something else must be using the device."""
 
 LAGGING = 0.1
-"""From this share on the slowest device is named: healthy ones differ by less."""
+"""Share of the time that devices lose waiting for each other from which on it is said."""
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +128,8 @@ def as_text(made: Profile) -> str:
         lines.append("warning: timings are unstable, something else seems to use the device")
     if made.lag > LAGGING:
         lines.append(
-            f"warning: the slowest device takes {made.lag:.0%} longer than the mean of all, and "
-            "steps wait for it"
+            f"warning: devices that wait for the slowest one lose {made.lag:.0%}; one may be "
+            "slower than the others, or shared"
         )
     lines += ["", f"{'whole layer':34s} {'measured':>10s} {'predicted':>10s} {'error':>7s}"]
     for one in made.layers:

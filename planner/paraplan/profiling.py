@@ -68,7 +68,7 @@ class Profile:
     Attributes:
         layers: whole layers; those not ``fitted`` are the test.
         spread: median over all tasks.
-        lag: by what share the slowest device exceeds the mean; median over the layers.
+        lag: share that devices lose that wait for each other; median over the layers.
         seconds: that it took.
     """
 

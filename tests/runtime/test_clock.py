@@ -7,7 +7,7 @@ from clock_work import timed
 from rank_launch import run_ranks
 
 
-def test_the_slowest_rank_is_known() -> None:
+def test_waiting_for_the_slowest_rank_is_known() -> None:
     first, second = run_ranks(2, timed)
     assert first == second
     assert first.seconds == pytest.approx(2e-3)
