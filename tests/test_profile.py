@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+from statistics import fmean, median
 from typing import Any
 
 import pytest
@@ -16,11 +19,13 @@ from paraplan.profile_result import Measurements, MemoryCall, Seconds, measured_
 from paraplan.profile_tasks import (
     AttentionTask,
     GemmTask,
+    LayerTask,
     LinkTask,
     RateTask,
     Scope,
     make_tasks,
 )
+from paraplan.profiling import LAYERS_A_ROUND, _missing, _over_rounds, _schedule
 
 GEMM_RATE, MEMORY_RATE, LINK_RATE, START = 4e10, 8e9, 1e9, 1e-4
 
@@ -232,3 +237,25 @@ def test_wrong_options_are_told_in_one_line(
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told
+
+
+def test_layers_are_timed_over_the_whole_run_and_it_goes_on_where_it_stopped() -> None:
+    layers = [LayerTask("{}", "float32", 8, n, n == 1) for n in (1, 2)]
+    others = [RateTask("floor", n) for n in range(1, 8)]
+    schedule = _schedule([*layers, *others], 2)
+    assert Counter(schedule) == {
+        **dict.fromkeys(layers, 2 * LAYERS_A_ROUND),
+        **dict.fromkeys(others, 2),
+    }
+    places = [i for i, task in enumerate(schedule) if task == layers[0]]
+    assert max(b - a for a, b in pairwise([0, *places])) <= len(others) // LAYERS_A_ROUND + 3
+    done = schedule[:11]
+    left = _missing(schedule, Counter(repr(task) for task in done), repr)
+    assert left == schedule[11:]
+
+
+def test_layers_lose_what_the_machine_is_slow_at_times() -> None:
+    """A quarter of the time twice as slow: the mean of layers knows it, the median of ops not."""
+    timings = [(1.0, 0.0, 0.0)] * 3 + [(2.0, 0.0, 0.4)]
+    assert _over_rounds(timings, fmean) == Seconds(1.25, 0.8, 0.1)
+    assert _over_rounds(timings, median) == Seconds(1.0, 1.0, 0.0)

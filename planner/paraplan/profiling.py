@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from paraplan.automatic import profile_of
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 SIZES_OF_A_NAME = 8
 """Sizes at which each memory-bound call is timed; half of them with --quick."""
+LAYERS_A_ROUND = 3
+"""How often whole layers are timed in each round."""
 SAVE_SECONDS = 2.0
 
 
@@ -126,14 +129,9 @@ def profile_machine(
     tasks = list(dict.fromkeys(tasks))
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
     kept = _Kept(partial, _fingerprint(settings))
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    missing = [
-        task
-        for already in range(rounds)
-        for task in tasks
-        if len(kept.known.get(key_of(task), ())) <= already
-    ]
-    of = rounds * len(tasks)
+    schedule = _schedule(tasks, QUICK_ROUNDS if quick else ROUNDS)
+    missing = _missing(schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of)
+    of = len(schedule)
     done(of - len(missing), of)
 
     def report(key: str, timing: Timing) -> None:
@@ -144,7 +142,12 @@ def profile_machine(
         facts = measure_on_ranks(missing, settings, report)
     finally:
         kept.save()
-    known = {task: _over_rounds(kept.known[key_of(task)]) for task in tasks}
+    known = {
+        task: _over_rounds(
+            kept.known[key_of(task)], fmean if isinstance(task, LayerTask) else median
+        )
+        for task in tasks
+    }
     made = Measurements(
         tasks={task: timing for task, timing in known.items() if task not in set(calls)},
         calls=[_memory_call(call, known[call]) for call in calls],
@@ -160,12 +163,41 @@ def profile_machine(
     return Profile(cluster, layers, spread, lag, len(tasks), time.perf_counter() - began)
 
 
-def _over_rounds(timings: Sequence[Sequence[float]]) -> Seconds:
-    """The median of a task's rounds, and the larger of their spread and that inside them."""
+def _schedule(tasks: Sequence[Any], rounds: int) -> list[Any]:
+    """The order of all timings: in each round every task once, and whole layers in between.
+
+    What layers lose to a machine that is slow at times is part of every step, so that they are
+    spread over the whole time and their mean counts; of all other tasks the median.
+    """
+    layers = [task for task in tasks if isinstance(task, LayerTask)]
+    others = [task for task in tasks if not isinstance(task, LayerTask)]
+    part = -(-len(others) // LAYERS_A_ROUND)
+    parts = [others[i * part : (i + 1) * part] for i in range(LAYERS_A_ROUND)]
+    return [task for _ in range(rounds) for each in parts for task in (*each, *layers)]
+
+
+def _missing(
+    schedule: Sequence[Any], known: Counter[str], key_of: Callable[[Any], str]
+) -> list[Any]:
+    """What of the schedule is still to do."""
+    left = []
+    for task in schedule:
+        key = key_of(task)
+        if known[key]:
+            known[key] -= 1
+        else:
+            left.append(task)
+    return left
+
+
+def _over_rounds(
+    timings: Sequence[Sequence[float]], middle: Callable[[Iterable[float]], float]
+) -> Seconds:
+    """The middle of a task's timings, and the larger of their spread and that inside them."""
     seconds, spreads, lags = zip(*timings, strict=True)
-    middle = median(seconds)
-    spread = max(median(spreads), (max(seconds) - min(seconds)) / middle)
-    return Seconds(middle, spread, median(lags))
+    found = middle(seconds)
+    spread = max(median(spreads), (max(seconds) - min(seconds)) / found)
+    return Seconds(found, spread, middle(lags))
 
 
 def _threads(kind: str, ranks: int) -> int:
