@@ -15,7 +15,7 @@ from paraplan.device import load_device
 from paraplan.graph import Amount, Op
 from paraplan.link_table import MeasuredCollective, make_link_table
 from paraplan.op_times import op_seconds
-from paraplan.profile_result import Measurements, MemoryCall, Seconds, measured_cluster, with_scale
+from paraplan.profile_result import Measurements, MemoryCall, Seconds, measured_cluster, with_layers
 from paraplan.profile_tasks import (
     AttentionTask,
     GemmTask,
@@ -25,7 +25,7 @@ from paraplan.profile_tasks import (
     Scope,
     make_tasks,
 )
-from paraplan.profiling import LAYERS_A_ROUND, _missing, _over_rounds, _schedule
+from paraplan.profiling import _missing, _over_rounds, _schedule
 
 GEMM_RATE, MEMORY_RATE, LINK_RATE, START = 4e10, 8e9, 1e9, 1e-4
 
@@ -141,10 +141,29 @@ def test_the_scale_of_whole_layers_lengthens_blocks() -> None:
     graph = small_graph()
     block = next(block for block in graph.blocks.values() if block.role == "layer")
     seconds = []
-    for one in (cluster, with_scale(cluster, 1.25, made, 2)):
+    for one in (cluster, with_layers(cluster, 1.25, 0.0, made, 2)):
         cost = block_compute(block, Layout(), device=one.device, cluster=one)
         seconds.append(cost.forward.kernels + cost.backward.kernels)
     assert seconds[1] == pytest.approx(1.25 * seconds[0])
+
+
+def test_ranks_that_wait_for_each_other_lose_the_lag(tmp_path: Any) -> None:
+    """Not a stage of one rank: it waits for others between micro-batches only."""
+    from paraplan import estimate
+
+    cluster, made = made_cluster()
+    forward = {}
+    for lag in (0.0, 0.25):
+        path = tmp_path / f"{lag}.json"
+        profile = with_layers(cluster, 1.0, lag, made, 2)
+        path.write_text(profile.model_dump_json(exclude_none=True))
+        for fix in ("data_replicate=2", "pipeline=2"):
+            plan = estimate("gpt2", cluster=str(path), fix=fix, seq_len=128, global_batch=8)
+            forward[fix, lag] = plan.stages[0].forward_seconds
+    assert forward["pipeline=2", 0.25] == forward["pipeline=2", 0.0]
+    assert forward["data_replicate=2", 0.25] == pytest.approx(
+        1.25 * forward["data_replicate=2", 0.0]
+    )
 
 
 def test_a_profile_survives_its_file(tmp_path: Any) -> None:
@@ -242,13 +261,13 @@ def test_wrong_options_are_told_in_one_line(
 def test_layers_are_timed_over_the_whole_run_and_it_goes_on_where_it_stopped() -> None:
     layers = [LayerTask("{}", "float32", 8, n, n == 1) for n in (1, 2)]
     others = [RateTask("floor", n) for n in range(1, 8)]
-    schedule = _schedule([*layers, *others], 2)
+    schedule = _schedule([*layers, *others], 2, 3)
     assert Counter(schedule) == {
-        **dict.fromkeys(layers, 2 * LAYERS_A_ROUND),
+        **dict.fromkeys(layers, 2 * 3),
         **dict.fromkeys(others, 2),
     }
     places = [i for i, task in enumerate(schedule) if task == layers[0]]
-    assert max(b - a for a, b in pairwise([0, *places])) <= len(others) // LAYERS_A_ROUND + 3
+    assert max(b - a for a, b in pairwise([0, *places])) <= len(others) // 3 + 3
     done = schedule[:11]
     left = _missing(schedule, Counter(repr(task) for task in done), repr)
     assert left == schedule[11:]

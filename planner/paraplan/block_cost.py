@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from paraplan.block_compute import BlockCompute
+from paraplan.block_compute import BlockCompute, Pass
 from paraplan.cluster import Cluster
 from paraplan.data_copies import data_copies
 from paraplan.data_traffic import (
@@ -119,6 +119,8 @@ def block_cost(
         per_byte = local / device.rates.memory
         compute = _with_copies(compute, copies.forward * per_byte, copies.backward * per_byte)
         copied = (copies.first_forward + copies.last_backward) * per_byte
+    if layout.devices > layout.pipeline:  # the stage's ranks wait for each other at every exchange
+        compute = _lagging(compute, 1 + device.rates.lag)
     data = _data_times(
         compute,
         _data_traffic(
@@ -243,6 +245,20 @@ def _with_copies(compute: BlockCompute, forward: float, backward: float) -> Bloc
         compute,
         forward=replace(compute.forward, kernels=compute.forward.kernels + forward),
         backward=replace(compute.backward, kernels=compute.backward.kernels + backward),
+    )
+
+
+def _lagging(compute: BlockCompute, times: float) -> BlockCompute:
+    """The block with kernels that the slowest of several ranks takes so many times as long for."""
+
+    def slower(one: Pass) -> Pass:
+        return replace(one, kernels=one.kernels * times)
+
+    return replace(
+        compute,
+        forward=slower(compute.forward),
+        backward=slower(compute.backward),
+        rerun={mode: slower(one) for mode, one in compute.rerun.items()},
     )
 
 

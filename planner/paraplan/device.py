@@ -172,6 +172,7 @@ class Rates:
         memory, peak_memory: bytes per second, achieved and peak.
         optimizer: bytes per second of the optimizer's update.
         whole_layer: seconds of whole layers over those of their ops alone.
+        lag: by what share kernels take longer where ranks wait for the slowest.
     """
 
     floor: float
@@ -184,6 +185,7 @@ class Rates:
     attention: AttentionRates
     dtypes: dict[str, DtypeRates]
     whole_layer: float
+    lag: float
 
 
 class Device(Frozen):
@@ -212,6 +214,7 @@ class Device(Frozen):
     power_watts: Positive | None = None
     price_per_device_hour: Figure | None = None
     whole_layer_scale: Positive | None = None
+    lag_fraction: Figure | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
     @model_validator(mode="after")
@@ -244,6 +247,7 @@ class Device(Frozen):
             attention=self._attention_rates(),
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
             whole_layer=1.0 if self.whole_layer_scale is None else self.whole_layer_scale.value,
+            lag=0.0 if self.lag_fraction is None else self.lag_fraction.value,
         )
 
     def _attention_rates(self) -> AttentionRates:

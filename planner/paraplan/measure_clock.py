@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Timing(NamedTuple):
         seconds: the mean over the ranks of their medians.
         spread: (90th - 10th percentile) / median of the batches.
         lag: what ranks lose that wait for each other after every batch: by what share the mean of
-            each batch's slowest rank exceeds ``seconds``.
+            each batch's slowest rank exceeds the mean of all.
     """
 
     seconds: float
@@ -112,10 +113,11 @@ class Clock:
     def _together(self, seconds: Sequence[float]) -> Timing:
         if self.group is None:
             return summary(seconds)
-        values = torch.tensor(summary(seconds), dtype=torch.float64)
+        middle, spread, _ = summary(seconds)
+        values = torch.tensor([middle, spread, fmean(seconds)], dtype=torch.float64)
         dist.all_reduce(values, group=self.group)
-        mean, spread, _ = (values / dist.get_world_size(self.group)).tolist()
-        return Timing(mean, spread, max(0.0, self._slowest(*seconds) / mean - 1))
+        middle, spread, mean = (values / dist.get_world_size(self.group)).tolist()
+        return Timing(middle, spread, self._slowest(*seconds) / mean - 1)
 
 
 def summary(seconds: Sequence[float]) -> Timing:

@@ -104,7 +104,6 @@ def as_json(made: Profile) -> dict[str, object]:
         "seconds": made.seconds,
         "timings": made.timings,
         "spread": made.spread,
-        "lag": made.lag,
         "test_error": made.test_error,
         "layers": [
             {
@@ -126,9 +125,10 @@ def as_text(made: Profile) -> str:
     ]
     if made.spread > UNSTABLE:
         lines.append("warning: timings are unstable, something else seems to use the device")
-    if made.lag > LAGGING:
+    lag = made.cluster.device.rates.lag
+    if lag > LAGGING:
         lines.append(
-            f"warning: devices that wait for the slowest one lose {made.lag:.0%}; one may be "
+            f"warning: devices that wait for the slowest one lose {lag:.0%}; one may be "
             "slower than the others, or shared"
         )
     lines += ["", f"{'whole layer':34s} {'measured':>10s} {'predicted':>10s} {'error':>7s}"]

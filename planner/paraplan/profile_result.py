@@ -262,9 +262,15 @@ def predicted_layer_seconds(graph: ModelGraph, task: LayerTask, cluster: Cluster
     return cost.forward.total + cost.backward.total
 
 
-def with_scale(cluster: Cluster, scale: float, made: Measurements, layers: int) -> Cluster:
-    """The cluster with the scale of whole layers set."""
+def with_layers(
+    cluster: Cluster, scale: float, lag: float, made: Measurements, fitted: int
+) -> Cluster:
+    """The cluster with what whole layers tell: their scale, and the ranks' lag."""
     content = cluster.model_dump(mode="json", exclude_none=True)
-    figure = _figure(scale, made, f"median of {layers} whole layers over their ops alone")
-    content["node_groups"][0]["device"]["whole_layer_scale"] = figure
+    device = content["node_groups"][0]["device"]
+    what = f"median of {fitted} whole layers over their ops alone"
+    device["whole_layer_scale"] = _figure(scale, made, what)
+    if made.ranks > 1:
+        what = "slowest rank of each batch of whole layers over the mean of all"
+        device["lag_fraction"] = _figure(lag, made, what)
     return Cluster.model_validate(content)

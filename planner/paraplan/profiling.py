@@ -33,7 +33,7 @@ from paraplan.profile_result import (
     Seconds,
     measured_cluster,
     predicted_layer_seconds,
-    with_scale,
+    with_layers,
 )
 from paraplan.profile_tasks import LayerTask, Scope, example_models, make_tasks
 from paraplan.trace_cache import model_graph
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 SIZES_OF_A_NAME = 8
 """Sizes at which each memory-bound call is timed; half of them with --quick."""
-LAYERS_A_ROUND = 3
+LAYERS_A_ROUND, QUICK_LAYERS_A_ROUND = 3, 2
 """How often whole layers are timed in each round."""
 SAVE_SECONDS = 2.0
 
@@ -71,14 +71,12 @@ class Profile:
     Attributes:
         layers: whole layers; those not ``fitted`` are the test.
         spread: median over all tasks.
-        lag: share that devices lose that wait for each other; median over the layers.
         seconds: that it took.
     """
 
     cluster: Cluster
     layers: tuple[LayerResult, ...]
     spread: float
-    lag: float
     timings: int
     seconds: float
 
@@ -129,7 +127,8 @@ def profile_machine(
     tasks = list(dict.fromkeys(tasks))
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
     kept = _Kept(partial, _fingerprint(settings))
-    schedule = _schedule(tasks, QUICK_ROUNDS if quick else ROUNDS)
+    rounds, often = (QUICK_ROUNDS, QUICK_LAYERS_A_ROUND) if quick else (ROUNDS, LAYERS_A_ROUND)
+    schedule = _schedule(tasks, rounds, often)
     missing = _missing(schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of)
     of = len(schedule)
     done(of - len(missing), of)
@@ -159,20 +158,19 @@ def profile_machine(
     cluster, layers = _scaled(measured_cluster(base, made), made)
     kept.forget()
     spread = median(timing.spread for timing in known.values())
-    lag = median(timing.lag for _, timing in made.of(LayerTask))
-    return Profile(cluster, layers, spread, lag, len(tasks), time.perf_counter() - began)
+    return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
 
 
-def _schedule(tasks: Sequence[Any], rounds: int) -> list[Any]:
-    """The order of all timings: in each round every task once, and whole layers in between.
+def _schedule(tasks: Sequence[Any], rounds: int, often: int) -> list[Any]:
+    """The order of all timings: in each round every task once, and whole layers ``often``.
 
     What layers lose to a machine that is slow at times is part of every step, so that they are
     spread over the whole time and their mean counts; of all other tasks the median.
     """
     layers = [task for task in tasks if isinstance(task, LayerTask)]
     others = [task for task in tasks if not isinstance(task, LayerTask)]
-    part = -(-len(others) // LAYERS_A_ROUND)
-    parts = [others[i * part : (i + 1) * part] for i in range(LAYERS_A_ROUND)]
+    part = -(-len(others) // often)
+    parts = [others[i * part : (i + 1) * part] for i in range(often)]
     return [task for _ in range(rounds) for each in parts for task in (*each, *layers)]
 
 
@@ -368,7 +366,8 @@ def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerR
 
     fitted = [one for one in results(cluster) if one.task.fitted]
     scale = median(one.measured_seconds / one.predicted_seconds for one in fitted)
-    scaled = with_scale(cluster, scale, made, len(fitted))
+    lag = fmean(timing.lag for _, timing in layers)
+    scaled = with_layers(cluster, scale, lag, made, len(fitted))
     return scaled, results(scaled)
 
 
