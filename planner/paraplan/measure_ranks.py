@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,9 @@ from paraplan.measure_clock import Clock, Timing
 from paraplan.measure_ops import Bench, RandomPool, measure
 from paraplan.profile_tasks import Task
 
-CORE_SHARE_SECONDS = 0.06
-"""Batches where processes share cores: many of the scheduler's turns of 3 to 4 ms."""
+BATCH_SECONDS, CORE_SHARE_SECONDS = 0.004, 0.06
+"""Shortest batches; where processes share cores they span many of the scheduler's turns of 3 to
+4 ms, for which ``quick`` has no time."""
 
 PRELOADED = [
     "paraplan.measure_ranks",
@@ -64,12 +66,24 @@ class RankSettings:
     threads: int
 
 
+def shared(settings: RankSettings) -> bool:
+    """Whether ranks share cores."""
+    return settings.kind == "cpu" and settings.ranks * settings.threads > _cores()
+
+
+def start_imports() -> None:
+    """Let the process that ranks are forked from import what they need, beside the caller."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
 Report = Callable[[str, Timing], None]
 """Called with a task's key and its timing as soon as there is one, each time it is measured."""
 
 ROUNDS, QUICK_ROUNDS = 3, 2
 """All tasks are measured so often, one after the other, so that what disturbs the machine for some
-seconds disturbs one timing in three of a task, and not a whole corner of the grid."""
+seconds disturbs one timing in three of a task, and not a whole corner of the grid. Quick ranks that
+share cores have time for one round."""
 
 BATCHES = 3
 """Of each round; 2 with ``quick``."""
@@ -160,8 +174,8 @@ def _rank(
 def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(rank)
-    shared = settings.ranks * settings.threads > _cores()
-    seconds = CORE_SHARE_SECONDS if settings.kind == "cpu" and shared else 0.004
+    slow = shared(settings) and not settings.quick
+    seconds = CORE_SHARE_SECONDS if slow else BATCH_SECONDS
     device = torch.device("cuda", rank) if settings.kind == "cuda" else torch.device("cpu")
     if settings.kind == "cuda":
         torch.cuda.set_device(device)

@@ -116,9 +116,12 @@ def profile_machine(
         RankSettings,
         key_of,
         measure_on_ranks,
+        shared,
+        start_imports,
     )
 
     began = time.perf_counter()
+    start_imports()
     dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
     scope = Scope(kind, ranks, quick, dtype)
     base = base or _base(kind, ranks)
@@ -128,6 +131,8 @@ def profile_machine(
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
     kept = _Kept(partial, _fingerprint(settings))
     rounds, often = (QUICK_ROUNDS, QUICK_LAYERS_A_ROUND) if quick else (ROUNDS, LAYERS_A_ROUND)
+    if quick and shared(settings):
+        rounds = 1
     schedule = _schedule(tasks, rounds, often)
     missing = _missing(schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of)
     of = len(schedule)
