@@ -30,7 +30,7 @@ def test_zero1_adds_up_all_but_the_first_micro_batch() -> None:
 
 
 def test_replicas_in_fp32_cast_nothing() -> None:
-    assert copies(Layout(data_replicate=2, micro_batches=1), FP32) == Copies(0, 0, 0, 8 + 8)
+    assert copies(Layout(data_replicate=2, micro_batches=1), FP32) == Copies(0, 0, 0, 8 + 8 + 8)
 
 
 def test_a_shard_adds_its_part_after_the_first_micro_batch() -> None:

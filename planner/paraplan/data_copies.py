@@ -53,7 +53,8 @@ def data_copies(layout: Layout, compute_bytes: int, trainable: float, *, wrapped
     summed = later * add + (1 - later) * cast if layout.micro_batches > 1 else 0.0
     last = copy_in if layout.micro_batches == 1 else 2 * REDUCE_BYTES
     if shards == 1:
-        last += 2 * REDUCE_BYTES  # replicas alone: the reduction's input is copied once more
+        # Replicas alone: the reduction's input is divided into a new tensor, and that is copied.
+        last += 4 * REDUCE_BYTES
     return Copies(0.0, trainable * summed, gather, trainable * last)
 
 
