@@ -72,7 +72,10 @@ def shared(settings: RankSettings) -> bool:
 
 
 def start_imports() -> None:
-    """Let the process that ranks are forked from import what they need, beside the caller."""
+    """Let the process that ranks are forked from import what they need, beside the caller.
+
+    Called early it saves the wait for it; a second call changes nothing.
+    """
     multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
@@ -99,7 +102,7 @@ def measure_on_ranks(
     """
     # Ranks are forked from a process that has done the imports and nothing else.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    start_imports()
     here, there = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="paraplan-") as folder:
         processes = [
