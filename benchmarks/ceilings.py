@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
+from paraplan.validate_frameworks import framework_of
 from paraplan.validate_layout import transfers_of
 from paraplan.validate_predict import Prediction
 from paraplan.validate_statistics import LEAST_SWEEP, Pair, rank_correlation, regret
 
 DRAWS = 200
-TRANSFER_WAIT_SECONDS = 0.265
+TRANSFER_WAIT_SECONDS = framework_of(("nanotron",), compiled=False).crowded_wait_seconds
 """What each transfer of a slow run takes beside its bytes: the step between the two modes."""
 
 Sweeps = dict[tuple[str, ...], dict[tuple[str, ...], list[Prediction]]]
