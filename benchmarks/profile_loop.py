@@ -5,8 +5,9 @@
 
 For each number of CPU processes the machine is profiled, in full and with ``--quick``; each model
 is planned with both profiles; the planned layouts and at least six others then train through the
-runtime. All layouts of a model live in the same processes and take turns, step by step, so that
-what else the machine does falls on all of them. Printed: the error of the planned layout's
+runtime. All layouts of a model live in the same processes and take turns, so that what else the
+machine does falls on all of them; the first step of a turn is not counted, for it finds the caches
+as another layout has left them, which does not happen in training. Printed: the error of the planned layout's
 predicted step time, the rank correlation of all layouts, and the regret, which is how much slower
 the planned layout is than the fastest that was measured.
 """
@@ -35,7 +36,9 @@ from paraplan.report import layout_words
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
 from rank_launch import run_ranks
 
-WARM_UP_STEPS = 2
+TURN_STEPS = 3
+"""Of one layout, one after the other; the first is not counted."""
+
 ROWS, LENGTH = 8, 128
 LLAMA = {
     "model_type": "llama",
@@ -94,8 +97,8 @@ OTHERS: dict[int, list[dict[str, Any]]] = {
 }
 
 
-def train(plans: Sequence[str], config: dict[str, Any], steps: int) -> list[list[float]]:
-    """Seconds of every timed step of each plan, in turns; on each rank."""
+def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list[float]]:
+    """Seconds of every timed step of each plan, in turns after one that warms up; on each rank."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from paraplan_runtime import parallelize
@@ -110,17 +113,18 @@ def train(plans: Sequence[str], config: dict[str, Any], steps: int) -> list[list
         trained.append((model, torch.optim.AdamW(model.parameters(), lr=1e-4)))
     seconds: list[list[float]] = [[] for _ in plans]
     draw = torch.Generator().manual_seed(1)
-    for number in range(-WARM_UP_STEPS, steps):
+    for turn in range(turns + 1):
         ids = torch.randint(settings.vocab_size, (ROWS, LENGTH), generator=draw)
         for index, (model, optimizer) in enumerate(trained):
-            dist.barrier()
-            began = time.perf_counter()
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            dist.barrier()
-            if number >= 0:
-                seconds[index].append(time.perf_counter() - began)
+            for step in range(TURN_STEPS):
+                dist.barrier()
+                began = time.perf_counter()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                dist.barrier()
+                if turn and step:
+                    seconds[index].append(time.perf_counter() - began)
     return seconds
 
 
@@ -146,7 +150,7 @@ def candidates(folder: Path, cluster: Path, ranks: int) -> tuple[Plan, list[Plan
 
 
 def compare(
-    name: str, ranks: int, profiles: dict[str, Path], folder: Path, steps: int
+    name: str, ranks: int, profiles: dict[str, Path], folder: Path, turns: int
 ) -> dict[str, Any]:
     """One model on so many processes: every layout, predicted and measured."""
     (folder / "config.json").write_text(json.dumps(MODELS[name]))
@@ -155,7 +159,7 @@ def compare(
     plans = {kind: best for kind, (best, _) in found.items()}
     runs = {one.layout: one for _, (best, others) in found.items() for one in (best, *others)}
     texts = [plan_to_json(one) for one in runs.values()]
-    took = run_ranks(ranks, train, texts, MODELS[name], steps, limit_seconds=480)[0]
+    took = run_ranks(ranks, train, texts, MODELS[name], turns, limit_seconds=480)[0]
     measured = {layout: median(seconds) for layout, seconds in zip(runs, took, strict=True)}
     spreads = {layout: (max(s) - min(s)) / median(s) for layout, s in zip(runs, took, strict=True)}
     predicted = {
@@ -233,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], choices=sorted(OTHERS))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--quick-only", action="store_true", help="leave the full profile out")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -259,7 +263,7 @@ def main() -> None:
                 print(told, flush=True)
             paths = {kind: path for kind, (path, _) in made.items()}
             for name in arguments.models:
-                results.append(compare(name, ranks, paths, folder, arguments.steps))
+                results.append(compare(name, ranks, paths, folder, arguments.turns))
                 show(results[-1])
                 if arguments.output:
                     content = {"profiles": profiles_told, "models": results}

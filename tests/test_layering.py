@@ -10,7 +10,7 @@ PLANNER = ROOT / "planner" / "paraplan"
 
 # Each module of the planner, lowest first: a module imports only from lines above its own.
 ORDER = """
-errors graph
+errors graph cpu_memory
 files layout
 plan_parts
 plan_file

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from paraplan.cpu_memory import keep_freed_memory
 from paraplan.errors import InputError
 from paraplan.measure_calls import RecordedCall
 from paraplan.measure_clock import Clock, Timing
@@ -182,6 +183,8 @@ def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
     device = torch.device("cuda", rank) if settings.kind == "cuda" else torch.device("cpu")
     if settings.kind == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     agree = None
     links: dict[int, dist.ProcessGroup] = {}
     if settings.ranks > 1:
