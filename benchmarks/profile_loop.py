@@ -7,9 +7,9 @@ For each number of CPU processes the machine is profiled, in full and with ``--q
 is planned with both profiles; the planned layouts and at least six others then train through the
 runtime. All layouts of a model live in the same processes and take turns, so that what else the
 machine does falls on all of them; the first step of a turn is not counted, for it finds the caches
-as another layout has left them, which does not happen in training. Printed: the error of the planned layout's
-predicted step time, the rank correlation of all layouts, and the regret, which is how much slower
-the planned layout is than the fastest that was measured.
+as another layout has left them, which does not happen in training. Printed: the error of the
+planned layout's predicted step time, the rank correlation of all layouts, and the regret, which is
+how much slower the planned layout is than the fastest that was measured.
 """
 
 from __future__ import annotations

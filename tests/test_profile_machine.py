@@ -117,8 +117,8 @@ def test_plans_of_this_machine_come_near_what_it_does(
         "--models",
         "llama",
         "--quick-only",
-        "--steps",
-        "3",
+        "--turns",
+        "2",
         "-o",
         str(output),
     ]

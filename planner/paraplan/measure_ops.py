@@ -176,15 +176,25 @@ def _link(task: LinkTask, bench: Bench) -> Timing:
     elements = max(task.ranks, task.message_bytes // 4 // task.ranks * task.ranks)
     whole = torch.randn(elements, device=bench.device)
     part = torch.randn(elements // task.ranks, device=bench.device)
-    if task.kind == "transfer":
-        return _transfer(whole, group, bench)
+    if task.kind == "transfer" and bench.device.type == "cuda":
+        return _there_and_back(whole, group, bench)
     calls: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: dist.all_reduce(whole, group=group),
         "all_gather": lambda: _all_gather(whole, part, group=group),
         "reduce_scatter": lambda: _reduce_scatter(part, whole, group=group),
         "all_to_all": lambda: dist.all_to_all_single(whole, whole.clone(), group=group),
+        "transfer": partial(_exchange, whole, torch.empty_like(whole), group),
     }
-    return bench.clock.time([calls[task.kind]])
+    call = calls[task.kind]
+    if bench.device.type == "cuda":
+        return bench.clock.time([call])
+    return bench.clock.time_waiting(call, _work(bench))
+
+
+def _work(bench: Bench) -> Call:
+    """A product of some milliseconds, as a layer of a small model computes."""
+    left, right = (bench.random.take(512 * 512, torch.float32).view(512, 512) for _ in range(2))
+    return partial(torch.mm, left, right)
 
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -192,7 +202,17 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 # torch 2.13 renamed them
 
 
-def _transfer(message: torch.Tensor, group: dist.ProcessGroup, bench: Bench) -> Timing:
+def _exchange(message: torch.Tensor, other: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """To the neighbour and from it at once, as stages in the middle of a pipeline do."""
+    neighbour = 1 - dist.get_rank(group)
+    sent = dist.isend(message, group=group, group_dst=neighbour)
+    received = dist.irecv(other, group=group, group_src=neighbour)
+    for pending in (sent, received):
+        assert pending is not None  # this rank is in the group
+        pending.wait()
+
+
+def _there_and_back(message: torch.Tensor, group: dist.ProcessGroup, bench: Bench) -> Timing:
     """Half of there and back between the two ranks of each pair."""
     other = 1 - dist.get_rank(group)
 

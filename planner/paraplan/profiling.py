@@ -35,7 +35,7 @@ from paraplan.profile_result import (
     predicted_layer_seconds,
     with_layers,
 )
-from paraplan.profile_tasks import LayerTask, Scope, example_models, make_tasks
+from paraplan.profile_tasks import LayerTask, LinkTask, Scope, example_models, make_tasks
 from paraplan.trace_cache import model_graph
 
 if TYPE_CHECKING:
@@ -147,10 +147,7 @@ def profile_machine(
     finally:
         kept.save()
     known = {
-        task: _over_rounds(
-            kept.known[key_of(task)], fmean if isinstance(task, LayerTask) else median
-        )
-        for task in tasks
+        task: _over_rounds(kept.known[key_of(task)], _middle_of(task)) for task in tasks
     }
     made = Measurements(
         tasks={task: timing for task, timing in known.items() if task not in set(calls)},
@@ -166,11 +163,16 @@ def profile_machine(
     return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
 
 
+def _middle_of(task: Any) -> Callable[[Iterable[float]], float]:
+    """Of a task's timings: the mean where what is lost at times is part of every step."""
+    return fmean if isinstance(task, (LayerTask, LinkTask)) else median
+
+
 def _schedule(tasks: Sequence[Any], rounds: int, often: int) -> list[Any]:
     """The order of all timings: in each round every task once, and whole layers ``often``.
 
     What layers lose to a machine that is slow at times is part of every step, so that they are
-    spread over the whole time and their mean counts; of all other tasks the median.
+    spread over the whole time.
     """
     layers = [task for task in tasks if isinstance(task, LayerTask)]
     others = [task for task in tasks if not isinstance(task, LayerTask)]
