@@ -14,8 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from paraplan.cpu_ranks import available_cores
 from paraplan.request import Request
-from paraplan.sweep import cpu_count
 from paraplan.what_if_axes import Axes
 from paraplan.what_if_file import WhatIf
 from paraplan.what_if_rows import Sweep, run_sweep
@@ -52,7 +52,7 @@ def measure(name: str, axes: Axes, workers: int) -> WhatIf:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--thousand", action="store_true")
-    parser.add_argument("--workers", type=int, default=cpu_count())
+    parser.add_argument("--workers", type=int, default=available_cores())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         traces = Path(os.environ.get("PARAPLAN_CACHE", Path.home() / ".cache" / "paraplan"))

@@ -10,7 +10,7 @@ PLANNER = ROOT / "planner" / "paraplan"
 
 # Each module of the planner, lowest first: a module imports only from lines above its own.
 ORDER = """
-errors graph cpu_memory
+errors graph cpu_ranks pipeline
 files layout
 plan_parts
 plan_file
@@ -32,7 +32,7 @@ block_compute
 block_cost
 chain
 stage_memory
-stage_cost pipeline simulate
+stage_cost simulate
 partition problem
 best_cuts solver fitting
 search
@@ -83,7 +83,7 @@ cli
 """
 MAY_CALL_RUNTIME = {"check", "one_line"}
 """Modules in which planner and runtime meet; they import it where they call it."""
-MAY_READ = {"errors", "files", "layout", "plan_file"}
+MAY_READ = {"cpu_ranks", "errors", "files", "layout", "plan_file"}
 """Modules of the planner that the runtime imports."""
 HEAVY = {"torch", "transformers", "ortools", "networkx", "numpy", "rich", "safetensors"}
 MAY_IMPORT_AT_TOP = {"report": {"rich"}, "explain": {"rich"}, "what_if_report": {"rich"}}

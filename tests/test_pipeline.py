@@ -10,7 +10,13 @@ import pytest
 from paraplan.best_cuts import best_cuts
 from paraplan.layout import Layout
 from paraplan.partition import Column
-from paraplan.pipeline import critical_paths, interleaved_seconds, one_f_one_b_seconds
+from paraplan.pipeline import (
+    critical_paths,
+    interleaved_seconds,
+    one_f_one_b_seconds,
+    pass_share,
+)
+from paraplan.simulate import Pass, rank_passes
 from paraplan.stage_cost import in_flight
 
 
@@ -100,6 +106,46 @@ def test_interleaving_of_equal_ranks() -> None:
     for p, m, v in [(2, 4, 2), (4, 8, 2), (4, 8, 4), (8, 16, 3)]:
         formula = interleaved_seconds([3.0] * p, 0.0, m, v, contention=0.1)
         assert formula == pytest.approx(3.0 * m + 3.0 * (p - 1) / v, rel=1e-12)
+
+
+def shared_cores_seconds(p: int, m: int, ranks_per_core: float) -> float:
+    """1F1B of equal stages (1 and 2 s while all compute) whose ranks share cores, by events."""
+    orders = [rank_passes(rank, pipeline=p, micro_batches=m) for rank in range(p)]
+    done: set[Pass] = set()
+    left: dict[int, float] = {}
+    now = 0.0
+
+    def ready(work: Pass) -> bool:
+        stage, micro_batch, backward = work
+        if not backward:
+            return stage == 0 or Pass(stage - 1, micro_batch, False) in done
+        if stage == p - 1:
+            return Pass(stage, micro_batch, False) in done
+        return Pass(stage + 1, micro_batch, True) in done
+
+    while any(orders):
+        for rank, order in enumerate(orders):
+            if rank not in left and order and ready(order[0]):
+                left[rank] = 2.0 if order[0].backward else 1.0
+        rate = min(ranks_per_core, p / len(left))
+        spent = min(left.values()) / rate
+        now += spent
+        for rank in list(left):
+            left[rank] -= spent * rate
+            if left[rank] < 1e-9:
+                del left[rank]
+                done.add(orders[rank].pop(0))
+    return now
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+@pytest.mark.parametrize("m", [1, 2, 5, 8, 32])
+def test_stages_that_share_cores_compute_faster_while_others_wait(p: int, m: int) -> None:
+    alone = one_f_one_b_seconds([1.0] * p, [2.0] * p, [0.0] * p, m)
+    for ranks_per_core in (1.0, 1.5, 2.0):
+        share = pass_share(p, m, 1, ranks_per_core)
+        assert share * alone == pytest.approx(shared_cores_seconds(p, m, ranks_per_core))
+    assert pass_share(p, m, 1, p) * alone == pytest.approx(3.0 * m)  # one core is never idle
 
 
 def test_in_flight_counts_match_the_schedule() -> None:

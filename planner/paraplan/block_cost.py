@@ -26,6 +26,7 @@ from paraplan.engine import REDUCE_BYTES, RUNTIME, Engine
 from paraplan.graph import Recompute
 from paraplan.layout import Layout
 from paraplan.op_times import optimizer_seconds
+from paraplan.pipeline import pass_share
 
 
 class Beside(NamedTuple):
@@ -119,8 +120,13 @@ def block_cost(
         per_byte = local / device.rates.memory
         compute = _with_copies(compute, copies.forward * per_byte, copies.backward * per_byte)
         copied = (copies.first_forward + copies.last_backward) * per_byte
+    times = pass_share(
+        layout.pipeline, layout.micro_batches, layout.virtual_stages, device.rates.ranks_per_core
+    )
     if layout.devices > layout.pipeline:  # the stage's ranks wait for each other at every exchange
-        compute = _lagging(compute, 1 + device.rates.lag)
+        times *= 1 + device.rates.lag
+    if times != 1:
+        compute = _taking(compute, times)
     data = _data_times(
         compute,
         _data_traffic(
@@ -248,17 +254,17 @@ def _with_copies(compute: BlockCompute, forward: float, backward: float) -> Bloc
     )
 
 
-def _lagging(compute: BlockCompute, times: float) -> BlockCompute:
-    """The block with kernels that the slowest of several ranks takes so many times as long for."""
+def _taking(compute: BlockCompute, times: float) -> BlockCompute:
+    """The block with kernels that take so many times as long."""
 
-    def slower(one: Pass) -> Pass:
+    def taking(one: Pass) -> Pass:
         return replace(one, kernels=one.kernels * times)
 
     return replace(
         compute,
-        forward=slower(compute.forward),
-        backward=slower(compute.backward),
-        rerun={mode: slower(one) for mode, one in compute.rerun.items()},
+        forward=taking(compute.forward),
+        backward=taking(compute.backward),
+        rerun={mode: taking(one) for mode, one in compute.rerun.items()},
     )
 
 

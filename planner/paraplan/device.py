@@ -173,6 +173,7 @@ class Rates:
         optimizer: bytes per second of the optimizer's update.
         whole_layer: seconds of whole layers over those of their ops alone.
         lag: by what share kernels take longer where ranks wait for the slowest.
+        ranks_per_core: how much faster a rank computes while those it shares its core with wait.
     """
 
     floor: float
@@ -186,6 +187,7 @@ class Rates:
     dtypes: dict[str, DtypeRates]
     whole_layer: float
     lag: float
+    ranks_per_core: float
 
 
 class Device(Frozen):
@@ -215,6 +217,7 @@ class Device(Frozen):
     price_per_device_hour: Figure | None = None
     whole_layer_scale: Positive | None = None
     lag_fraction: Figure | None = None
+    ranks_per_core: Positive | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
     @model_validator(mode="after")
@@ -248,6 +251,7 @@ class Device(Frozen):
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
             whole_layer=1.0 if self.whole_layer_scale is None else self.whole_layer_scale.value,
             lag=0.0 if self.lag_fraction is None else self.lag_fraction.value,
+            ranks_per_core=1.0 if self.ranks_per_core is None else self.ranks_per_core.value,
         )
 
     def _attention_rates(self) -> AttentionRates:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from paraplan.cpu_ranks import available_cores
 from paraplan.surroundings import Devices
 
 if TYPE_CHECKING:
@@ -96,8 +97,7 @@ def log_folder() -> Path:
 
 
 def _environment_of_ranks(devices: Devices, environment: Mapping[str, str]) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, (cores or 1) // devices.count)
+    threads = max(1, available_cores() // devices.count)
     added = {LAUNCHER: str(os.getpid()), "PARAPLAN_DEVICES": f"{devices.kind}:{devices.count}"}
     if "OMP_NUM_THREADS" not in environment:
         added["OMP_NUM_THREADS"] = str(threads)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from paraplan.cpu_memory import keep_freed_memory
+from paraplan.cpu_ranks import available_cores, keep_freed_memory
 from paraplan.errors import InputError
 from paraplan.measure_calls import RecordedCall
 from paraplan.measure_clock import Clock, Timing
@@ -69,7 +69,7 @@ class RankSettings:
 
 def shared(settings: RankSettings) -> bool:
     """Whether ranks share cores."""
-    return settings.kind == "cpu" and settings.ranks * settings.threads > _cores()
+    return settings.kind == "cpu" and settings.ranks * settings.threads > available_cores()
 
 
 def start_imports() -> None:
@@ -212,10 +212,6 @@ def _group(rank: int, size: int, ranks: int) -> Any:
         if first <= rank < first + size:
             mine = group
     return mine
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _facts(device: torch.device, ranks: int) -> Facts:

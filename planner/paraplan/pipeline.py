@@ -164,6 +164,28 @@ def interleaved_seconds(
     return compute + 2 * (p * v - 1) * transfer + 2 * micro_batches * v * exposed
 
 
+def pass_share(
+    stages: int, micro_batches: int, virtual_stages: int, ranks_per_core: float
+) -> float:
+    """What a pass takes, in the mean over a step, of one while all ranks compute; at most 1.
+
+    Where processes share cores (more ranks than cores; CPUs only), those that compute run faster
+    while others wait: with k of p stages busy as fast as ``p / k`` allows, and on a core alone at
+    most ``ranks_per_core`` times. Work of N = M v passes takes N + p - 1 of their times, in the
+    i-th of which k_i = min(i, N, p, N + p - i) stages are busy, so that it takes::
+
+        sum_i max(1 / ranks_per_core, k_i / p) / (N + p - 1)
+
+    of what it would (exact for equal stages; ``pytest tests/test_pipeline.py``).
+    """
+    if ranks_per_core <= 1 or stages == 1:
+        return 1.0
+    passes = micro_batches * virtual_stages
+    times = passes + stages - 1
+    busy = (min(i, passes, stages, times + 1 - i) for i in range(1, times + 1))
+    return sum(max(1 / ranks_per_core, k / stages) for k in busy) / times
+
+
 def least_seconds(
     work: float, stages: int, micro_batches: int, virtual_stages: int, largest: float = 0.0
 ) -> float:

@@ -16,6 +16,7 @@ from paraplan.engine import RUNTIME, Engine
 from paraplan.graph import ModelGraph
 from paraplan.layout import Layout
 from paraplan.layout_rules import Constraints, Space
+from paraplan.pipeline import pass_share
 from paraplan.plan_parts import Workload
 from paraplan.workload import COMPUTE_BYTES, OPTIMIZER_STATE_BYTES, OPTIMIZER_WORK_BYTES
 
@@ -121,8 +122,14 @@ def stages_of_kinds(problem: Problem, layout: Layout) -> list[int]:
 
 
 def block_seconds(problem: Problem, layout: Layout) -> list[float]:
-    """What each block kind computes for in one micro-batch, on the one kind of devices."""
-    return [c.forward.total + c.backward.total for c in computes_of(problem, layout)]
+    """What each block kind takes at least in one micro-batch, on the one kind of devices."""
+    share = pass_share(
+        layout.pipeline,
+        layout.micro_batches,
+        layout.virtual_stages,
+        problem.device.rates.ranks_per_core,
+    )
+    return [share * (c.forward.total + c.backward.total) for c in computes_of(problem, layout)]
 
 
 def chain_cost(problem: Problem, layout: Layout) -> ChainCost:

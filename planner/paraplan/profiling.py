@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from paraplan.automatic import profile_of
 from paraplan.cluster import Cluster, make_cluster
+from paraplan.cpu_ranks import available_cores
 from paraplan.device import load_device
 from paraplan.errors import InputError
 from paraplan.files import write_atomically
@@ -41,7 +42,7 @@ from paraplan.trace_cache import model_graph
 if TYPE_CHECKING:
     from paraplan.measure_calls import RecordedCall
     from paraplan.measure_clock import Timing
-    from paraplan.measure_ranks import Facts
+    from paraplan.measure_ranks import Facts, RankSettings
 
 SIZES_OF_A_NAME = 8
 """Sizes at which each memory-bound call is timed; half of them with --quick."""
@@ -146,14 +147,12 @@ def profile_machine(
         facts = measure_on_ranks(missing, settings, report)
     finally:
         kept.save()
-    known = {
-        task: _over_rounds(kept.known[key_of(task)], _middle_of(task)) for task in tasks
-    }
+    known = {task: _over_rounds(kept.known[key_of(task)], _middle_of(task)) for task in tasks}
     made = Measurements(
         tasks={task: timing for task, timing in known.items() if task not in set(calls)},
         calls=[_memory_call(call, known[call]) for call in calls],
         where=_where(facts, settings),
-        facts=_figures(facts, kind),
+        facts=_figures(facts, settings),
         ranks=ranks,
         dtype=dtype,
     )
@@ -210,8 +209,7 @@ def _threads(kind: str, ranks: int) -> int:
     named = os.environ.get("OMP_NUM_THREADS", "")
     if named.isdecimal():
         return max(1, int(named))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // ranks)
+    return max(1, available_cores() // ranks)
 
 
 def _base(kind: str, ranks: int) -> Cluster:
@@ -340,7 +338,7 @@ def _memory_call(call: RecordedCall, timing: Seconds) -> MemoryCall:
     return MemoryCall(call.name, dtype, call.size_bytes, call.count, timing)
 
 
-def _where(facts: Facts, settings: Any) -> str:
+def _where(facts: Facts, settings: RankSettings) -> str:
     import torch
 
     date = datetime.now(UTC).date().isoformat()
@@ -351,13 +349,16 @@ def _where(facts: Facts, settings: Any) -> str:
     )
 
 
-def _figures(facts: Facts, kind: str) -> dict[str, float]:
+def _figures(facts: Facts, settings: RankSettings) -> dict[str, float]:
     figures = {
         "memory_capacity_bytes": float(facts.capacity_bytes),
         "framework_memory_bytes": float(facts.framework_bytes),
     }
-    if kind == "cuda":
+    if settings.kind == "cuda":
         figures["multiprocessors"] = float(facts.multiprocessors)
+    else:
+        wanted = settings.ranks * settings.threads
+        figures["ranks_per_core"] = max(1.0, wanted / available_cores())
     return figures
 
 

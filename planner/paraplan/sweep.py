@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import tempfile
 from collections.abc import Callable, Generator, Sequence
@@ -263,8 +262,3 @@ def _load(trace: str) -> ModelGraph:
 def _computes(trace: str, node: str) -> dict[object, tuple[BlockCompute, ...]]:
     """The memo of `problem.computes_of` for a model on a kind of node, whatever the network."""
     return {}
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

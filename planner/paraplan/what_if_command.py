@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from paraplan.cpu_ranks import available_cores
 from paraplan.errors import InfeasibleError, InputError
-from paraplan.sweep import Done, cpu_count
+from paraplan.sweep import Done
 from paraplan.tables import rows_to_csv
 from paraplan.what_if_file import (
     WhatIf,
@@ -51,7 +52,7 @@ def run_what_if(options: argparse.Namespace) -> int:
     """
     if options.output == "" or (options.json and options.csv):
         raise InputError("give --output a file name, and --json or --csv, not both")
-    workers = cpu_count() if options.workers is None else options.workers
+    workers = available_cores() if options.workers is None else options.workers
     if not 1 <= workers <= 1024:
         raise InputError(f"--workers is {workers}; a whole number from 1 to 1024 is wanted")
     sweep = Sweep(

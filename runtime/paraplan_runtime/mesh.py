@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from paraplan.cpu_memory import keep_freed_memory
+from paraplan.cpu_ranks import keep_freed_memory
 from paraplan.errors import InputError
 from paraplan.layout import Layout
 from paraplan_runtime.rehearsal import real_tensors

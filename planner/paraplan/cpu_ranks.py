@@ -1,10 +1,4 @@
-"""A CPU rank keeps the memory that it frees, as CUDA's caching allocator does.
-
-glibc gives large freed blocks back to the system, which clears every page again when the next
-block is written. FSDP2 makes and frees its messages for every layer: of two processes that train
-a model of 35 MB, each faulted 17,800 pages in again in every step and took 3 to 10 % longer for it
-(``python benchmarks/kept_memory.py``).
-"""
+"""What processes that train on CPUs have: cores, and memory that they keep."""
 
 from __future__ import annotations
 
@@ -19,8 +13,18 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHO
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees; again changes nothing.
+    """Let this process keep what it frees, as CUDA's caching allocator does; twice is once.
+
+    glibc gives large freed blocks back to the system, which clears every page again when the
+    next block is written. FSDP2 makes and frees its messages for every layer: of two processes
+    that train a model of 35 MB, each faulted 17,800 pages in again in every step
+    (``python benchmarks/kept_memory.py``).
 
     Returns:
         False where the C library has no such setting, or the user has set one of the variables
