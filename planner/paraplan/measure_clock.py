@@ -67,14 +67,19 @@ class Clock:
     batches: int
     group: dist.ProcessGroup | None = None
 
-    def time(self, calls: Sequence[Call]) -> Timing:
-        """Time calls that do the same with different inputs, in turn."""
+    def time(self, calls: Sequence[Call], *, collective: bool = False) -> Timing:
+        """Time calls that do the same with different inputs, in turn.
+
+        Args:
+            collective: all ranks must make them equally often. Otherwise they need not agree on
+                it, which where they share cores takes longer than most calls.
+        """
+        agreed = self._slowest if collective else float
         self.synchronize()
-        # Ranks must make the same calls as often: a collective waits for all of them.
-        once = self._slowest(self._elapsed(calls, 1))
+        once = agreed(self._elapsed(calls, 1))
         short = once < self.batch_seconds
         if short:
-            once = self._slowest(self._elapsed(calls, 1))
+            once = agreed(self._elapsed(calls, 1))
         count = max(1, math.ceil(self.batch_seconds / max(once, 1e-7)))
         if self.device.type == "cuda":
             count = min(count, MOST_CALLS)
@@ -83,7 +88,7 @@ class Clock:
             self._elapsed(calls, min(count, len(calls) + 1))
         self.wait_for_all()
         seconds = [self._elapsed(calls, count) / count for _ in range(batches)]
-        return self._together(seconds)
+        return together(self._of_all(seconds))
 
     def time_waiting(self, call: Call, work: Call) -> Timing:
         """Time a call in which CPU ranks wait for each other, each time after computing ``work``.
@@ -92,7 +97,6 @@ class Clock:
         free for them; in training none of it holds. What waiting costs comes in rare, long pieces
         (a thread that wakes up behind one that computes), so that the mean counts.
         """
-        self._elapsed([work], 1)
         repeats = max(1, math.ceil(WORK_SECONDS / self._slowest(self._elapsed([work], 1))))
         once = max(self._slowest(self._elapsed([call], 1)), 1e-7)
         of_a_batch = min(CALLS_OF_A_BATCH, max(1, math.ceil(CALLS_SECONDS / once)))
@@ -101,8 +105,8 @@ class Clock:
         for _ in range(self.batches * of_a_batch):
             self._elapsed([work], repeats)
             seconds.append(self._elapsed([call], 1))
-        timing = self._together(seconds)
-        return timing._replace(seconds=self._mean(fmean(seconds)))
+        of_all = self._of_all(seconds)
+        return together(of_all)._replace(seconds=fmean(map(fmean, of_all)))
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -137,18 +141,27 @@ class Clock:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return float(values.mean())
 
-    def _together(self, seconds: Sequence[float]) -> Timing:
-        middle, spread, _ = summary(seconds)
-        lag = self._slowest(*seconds) / self._mean(fmean(seconds)) - 1
-        return Timing(self._mean(middle), self._mean(spread), lag)
-
-    def _mean(self, value: float) -> float:
-        """Over the ranks."""
+    def _of_all(self, seconds: Sequence[float]) -> list[list[float]]:
+        """Every rank's batches; as many as the rank has that made fewest."""
         if self.group is None:
-            return value
-        values = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(values, group=self.group)
-        return float(values) / dist.get_world_size(self.group)
+            return [list(seconds)]
+        own = torch.full((self.batches * CALLS_OF_A_BATCH,), math.nan, dtype=torch.float64)
+        own[: len(seconds)] = torch.tensor(seconds, dtype=torch.float64)
+        found = torch.empty(dist.get_world_size(self.group), own.numel(), dtype=torch.float64)
+        dist.all_gather(list(found), own, group=self.group)
+        least = int((~found.isnan()).sum(1).min())
+        return [one[:least] for one in found.tolist()]
+
+
+def together(of_all: Sequence[Sequence[float]]) -> Timing:
+    """The timing that every rank's batches make."""
+    alone = [summary(seconds) for seconds in of_all]
+    slowest = [max(batch) for batch in zip(*of_all, strict=True)]
+    return Timing(
+        seconds=fmean(one.seconds for one in alone),
+        spread=fmean(one.spread for one in alone),
+        lag=fmean(slowest) / fmean(map(fmean, of_all)) - 1,
+    )
 
 
 def summary(seconds: Sequence[float]) -> Timing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,16 +120,17 @@ def _gemm(task: GemmTask, bench: Bench) -> Timing:
     product = torch.mm if task.batch == 1 else torch.bmm
     size = task.batch * (m * k + k * n + m * n) * dtype.itemsize
     copies = copies_beyond_cache(bench.device, size, MOST_COPIES)
-    timings = []
-    for left, right in ((False, True), (False, False), (True, False)):
-        operands = [(matrix(m, k, left), matrix(k, n, right)) for _ in range(copies)]
-        timings.append(bench.clock.time([partial(product, *pair) for pair in operands]))
-    return _mean(timings)
+    forms = ((False, True), (False, False), (True, False))
+    operands = [
+        [(matrix(m, k, left), matrix(k, n, right)) for left, right in forms] for _ in range(copies)
+    ]
 
+    def layer(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for pair in pairs:
+            product(*pair)
 
-def _mean(timings: list[Timing]) -> Timing:
-    seconds = sum(timing.seconds for timing in timings) / len(timings)
-    return Timing(seconds, max(timing.spread for timing in timings))
+    timing = bench.clock.time([partial(layer, pairs) for pairs in operands])
+    return timing._replace(seconds=timing.seconds / len(forms))
 
 
 def _attention(task: AttentionTask, bench: Bench) -> Timing:
@@ -187,7 +188,7 @@ def _link(task: LinkTask, bench: Bench) -> Timing:
     }
     call = calls[task.kind]
     if bench.device.type == "cuda":
-        return bench.clock.time([call])
+        return bench.clock.time([call], collective=True)
     return bench.clock.time_waiting(call, _work(bench))
 
 
@@ -224,7 +225,7 @@ def _there_and_back(message: torch.Tensor, group: dist.ProcessGroup, bench: Benc
             dist.recv(message, group=group, group_src=other)
             dist.send(message, group=group, group_dst=other)
 
-    timing = bench.clock.time([there_and_back])
+    timing = bench.clock.time([there_and_back], collective=True)
     return Timing(timing.seconds / 2, timing.spread)
 
 
