@@ -214,6 +214,8 @@ def _layer_tasks(scope: Scope) -> list[Task]:
         ]
     else:
         fit = [(llama_config(384, 6), 128, 4), (gpt2_config(320, 5), 96, 4)]
+        if not scope.quick:
+            fit += [(llama_config(512, 8, 2), 224, 2), (gpt2_config(448, 7), 192, 2)]
         test = [
             (llama_config(448, 7), 192, 2),
             (llama_config(640, 10, 5), 128, 2),
