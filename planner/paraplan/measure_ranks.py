@@ -26,7 +26,7 @@ from paraplan.measure_clock import Clock, Timing
 from paraplan.measure_ops import Bench, RandomPool, measure
 from paraplan.profile_tasks import Task
 
-BATCH_SECONDS, CORE_SHARE_SECONDS = 0.004, 0.06
+BATCH_SECONDS, CORE_SHARE_SECONDS = 0.004, 0.03
 """Shortest batches; where processes share cores they span many of the scheduler's turns of 3 to
 4 ms, for which ``quick`` has no time."""
 
