@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -272,6 +272,17 @@ def main() -> None:
     regrets = [p["regret"] for r in results for p in r["plans"].values()]
     print(
         f"\nplanned layouts: median error {median(errors):.1%}, median regret {median(regrets):.1%}"
+    )
+    ratios = [
+        row["measured_seconds"] / row["predicted_seconds"]
+        for result in results
+        for row in result["layouts"]
+        if row["predicted_seconds"] is not None
+    ]
+    tenth, *_, ninetieth = quantiles(ratios, n=10)
+    print(
+        f"four of five of {len(ratios)} layouts took {tenth:.3f} to {ninetieth:.3f} times what was "
+        "predicted"
     )
 
 

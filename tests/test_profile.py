@@ -166,6 +166,24 @@ def test_ranks_that_wait_for_each_other_lose_the_lag(tmp_path: Any) -> None:
     )
 
 
+def test_the_interval_of_a_measured_device_is_its_own(tmp_path: Any) -> None:
+    from paraplan import estimate
+
+    cluster, made = made_cluster()
+    intervals = []
+    for number, profile in enumerate((cluster, with_layers(cluster, 1.0, 0.0, made, 2))):
+        path = tmp_path / f"{number}.json"
+        path.write_text(profile.model_dump_json(exclude_none=True))
+        plan = estimate("gpt2", cluster=str(path), fix="data_replicate=2", seq_len=128)
+        intervals.append(plan.prediction.interval)
+    unfitted, measured = intervals
+    assert unfitted.kind == "a device that no whole run has corrected"
+    assert measured.kind == "a device that plan profile has measured"
+    assert measured.high_seconds - measured.low_seconds < unfitted.high_seconds - (
+        unfitted.low_seconds
+    )
+
+
 def test_a_profile_survives_its_file(tmp_path: Any) -> None:
     from paraplan.cluster import load_cluster
 

@@ -46,6 +46,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         spread=0.15,
     ),
     Parameter("matrix products, 8 bit", rates=(DEVICE + "gemm.sustained.float8",), spread=0.2),
+    Parameter("matrix products, 4 bit", rates=(DEVICE + "gemm.sustained.float4",), spread=0.2),
     Parameter("memory-bound kernels", rates=(DEVICE + "memory_efficiency",), spread=0.2),
     Parameter("host's launches", seconds=(DEVICE + "host_launch_seconds",), spread=0.7),
     Parameter("links inside a node", rates=(NEAR + "efficiency",), spread=0.2),

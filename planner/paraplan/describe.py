@@ -157,7 +157,7 @@ def predict(problem: Problem, found: Found) -> Prediction:
         fits=fullest <= capacity,
         breakdown=breakdown,
         basis=_basis(found),
-        interval=interval_of(problem.device.name, problem.cluster.nodes, computing, step),
+        interval=interval_of(problem.device, problem.cluster.nodes, computing, step),
     )
 
 

@@ -21,7 +21,7 @@ class MeasuredCollective(Frozen):
     Attributes:
         message_bytes: as `collectives.collective_seconds` counts them.
         ranks: of the group; 2 for a transfer.
-        seconds: median of one call.
+        seconds: of one call; the median on GPUs, the mean on CPUs.
         spread: (90th - 10th percentile) / median.
     """
 

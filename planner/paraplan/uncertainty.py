@@ -3,7 +3,8 @@
 The table ships with the profiles (``uncertainty.toml``); ``plan validate --uncertainty FILE``
 writes it from measured runs. A kind is where a step's time goes: how much of it the devices
 compute, and whether they sit in one node. Devices whose figures no whole run has corrected are a
-kind of their own.
+kind of their own, and so are those that `plan profile` has measured, whole layers included; that
+one's spread is of the layouts that ``benchmarks/profile_loop.py`` trained.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cache
 from importlib import resources
 
 from paraplan.chain import ChainCost
+from paraplan.device import Device
 from paraplan.graph import Recompute
 from paraplan.plan_parts import Interval
 
@@ -70,12 +72,16 @@ def shipped_spreads() -> tuple[dict[str, Spread], frozenset[str]]:
 
 
 UNFITTED = "a device that no whole run has corrected"
+PROFILED = "a device that plan profile has measured"
 
 
-def interval_of(device: str, nodes: int, computing: float, step_seconds: float) -> Interval:
+def interval_of(device: Device, nodes: int, computing: float, step_seconds: float) -> Interval:
     """Where the step time lies in four of five runs of this kind."""
     spreads, devices = shipped_spreads()
-    kind = kind_of(nodes, computing) if device in devices else UNFITTED
+    if device.name in devices:
+        kind = kind_of(nodes, computing)
+    else:
+        kind = UNFITTED if device.whole_layer_scale is None else PROFILED
     spread = spreads[kind]
     return Interval(
         coverage=COVERAGE,
