@@ -128,20 +128,32 @@ def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list
     return seconds
 
 
-def candidates(folder: Path, cluster: Path, ranks: int) -> tuple[Plan, list[Plan]]:
-    """The planned layout, and others that are possible for this model."""
-    question: dict[str, Any] = {
+def question(cluster: Path, ranks: int) -> dict[str, Any]:
+    """What is planned."""
+    return {
         "cluster": str(cluster),
         "gpus": ranks,
         "seq_len": LENGTH,
         "global_batch": ROWS,
         "precision": "fp32",
     }
-    best = plan(str(folder), **question)
+
+
+def predicted_by(folder: Path, cluster: Path, one: Plan) -> float:
+    """Seconds of a plan's layout by this profile."""
+    names = one.layout.model_dump(exclude_defaults=True, exclude={"micro_batches", "schedule"})
+    known = question(cluster, one.layout.devices)
+    return estimate(str(folder), fix=names, **known).prediction.step_seconds
+
+
+def candidates(folder: Path, cluster: Path, ranks: int) -> tuple[Plan, list[Plan]]:
+    """The planned layout, and others that are possible for this model."""
+    known = question(cluster, ranks)
+    best = plan(str(folder), **known)
     others = []
     for fix in OTHERS[ranks]:
         try:
-            other = estimate(str(folder), fix=fix, **question)
+            other = estimate(str(folder), fix=fix, **known)
         except PlanError as error:
             print(f"left out {fix}: {error}", file=sys.stderr)
             continue
@@ -162,9 +174,9 @@ def compare(
     took = run_ranks(ranks, train, texts, MODELS[name], turns, limit_seconds=480)[0]
     measured = {layout: median(seconds) for layout, seconds in zip(runs, took, strict=True)}
     spreads = {layout: (max(s) - min(s)) / median(s) for layout, s in zip(runs, took, strict=True)}
-    predicted = {
-        one.layout: one.prediction.step_seconds for one in (found[first][0], *found[first][1])
-    }
+    predicted = {one.layout: one.prediction.step_seconds for one in found[first][1]}
+    for best in plans.values():
+        predicted.setdefault(best.layout, predicted_by(folder, profiles[first], best))
     fastest = min(measured.values())
     return {
         "model": name,
@@ -172,7 +184,7 @@ def compare(
         "layouts": [
             {
                 "layout": layout_words(layout),
-                "predicted_seconds": predicted.get(layout),
+                "predicted_seconds": predicted[layout],
                 "measured_seconds": measured[layout],
                 "spread": spreads[layout],
             }
@@ -218,11 +230,10 @@ def show(result: dict[str, Any]) -> None:
     """One model as a table."""
     print(f"\n{result['model']} on {result['ranks']} processes", flush=True)
     for row in sorted(result["layouts"], key=lambda row: float(row["measured_seconds"])):
-        told = row["predicted_seconds"]
-        shown = "" if told is None else f"{told:7.3f} s {told / row['measured_seconds'] - 1:+7.1%}"
+        told, measured = row["predicted_seconds"], row["measured_seconds"]
         print(
-            f"{row['layout'][:58]:58s} {row['measured_seconds']:7.3f} s "
-            f"(spread {row['spread']:4.0%}) {shown}"
+            f"{row['layout'][:58]:58s} {measured:7.3f} s (spread {row['spread']:4.0%}) "
+            f"{told:7.3f} s {told / measured - 1:+7.1%}"
         )
     for kind, planned in result["plans"].items():
         print(
@@ -277,7 +288,6 @@ def main() -> None:
         row["measured_seconds"] / row["predicted_seconds"]
         for result in results
         for row in result["layouts"]
-        if row["predicted_seconds"] is not None
     ]
     tenth, *_, ninetieth = quantiles(ratios, n=10)
     print(

@@ -10,8 +10,9 @@ PLANNER = ROOT / "planner" / "paraplan"
 
 # Each module of the planner, lowest first: a module imports only from lines above its own.
 ORDER = """
-errors graph cpu_ranks pipeline
+errors graph cpu_ranks
 files layout
+pipeline
 plan_parts
 plan_file
 tables

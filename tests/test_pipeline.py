@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Callable
 
 import pytest
 
@@ -108,8 +109,8 @@ def test_interleaving_of_equal_ranks() -> None:
         assert formula == pytest.approx(3.0 * m + 3.0 * (p - 1) / v, rel=1e-12)
 
 
-def shared_cores_seconds(p: int, m: int, ranks_per_core: float) -> float:
-    """1F1B of equal stages (1 and 2 s while all compute) whose ranks share cores, by events."""
+def shared_cores_seconds(p: int, m: int, rate_of: Callable[[int], float]) -> float:
+    """1F1B of equal stages (1 and 2 s while all compute), by events; rate by stages busy."""
     orders = [rank_passes(rank, pipeline=p, micro_batches=m) for rank in range(p)]
     done: set[Pass] = set()
     left: dict[int, float] = {}
@@ -127,7 +128,7 @@ def shared_cores_seconds(p: int, m: int, ranks_per_core: float) -> float:
         for rank, order in enumerate(orders):
             if rank not in left and order and ready(order[0]):
                 left[rank] = 2.0 if order[0].backward else 1.0
-        rate = min(ranks_per_core, p / len(left))
+        rate = rate_of(len(left))
         spent = min(left.values()) / rate
         now += spent
         for rank in list(left):
@@ -141,11 +142,20 @@ def shared_cores_seconds(p: int, m: int, ranks_per_core: float) -> float:
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
 @pytest.mark.parametrize("m", [1, 2, 5, 8, 32])
 def test_stages_that_share_cores_compute_faster_while_others_wait(p: int, m: int) -> None:
+    layout = Layout(pipeline=p, micro_batches=m, schedule="1f1b")
     alone = one_f_one_b_seconds([1.0] * p, [2.0] * p, [0.0] * p, m)
-    for ranks_per_core in (1.0, 1.5, 2.0):
-        share = pass_share(p, m, 1, ranks_per_core)
-        assert share * alone == pytest.approx(shared_cores_seconds(p, m, ranks_per_core))
-    assert pass_share(p, m, 1, p) * alone == pytest.approx(3.0 * m)  # one core is never idle
+    for shared in (1.0, 1.5, 2.0):
+        # Cores whose speed is divided among those that compute.
+        expected = shared_cores_seconds(p, m, lambda busy: min(shared, p / busy))  # noqa: B023
+        assert pass_share(layout, shared, shared) * alone == pytest.approx(expected)
+    # Sharing costs something: two cores' worth of p ranks, alone three times as fast.
+    share = pass_share(layout, p / 2, 3.0)
+    expected = shared_cores_seconds(
+        p, m, lambda k: 3.0 if k <= 2 else 1 / (1 / 3 + 2 / 3 * (k - 2) / (p - 2))
+    )
+    if p > 2:
+        assert share * alone == pytest.approx(expected)
+    assert pass_share(layout, p, p) * alone == pytest.approx(3.0 * m)  # one core is never idle
 
 
 def test_in_flight_counts_match_the_schedule() -> None:

@@ -120,9 +120,7 @@ def block_cost(
         per_byte = local / device.rates.memory
         compute = _with_copies(compute, copies.forward * per_byte, copies.backward * per_byte)
         copied = (copies.first_forward + copies.last_backward) * per_byte
-    times = pass_share(
-        layout.pipeline, layout.micro_batches, layout.virtual_stages, device.rates.ranks_per_core
-    )
+    times = pass_share(layout, device.rates.ranks_per_core, device.rates.unshared_speedup)
     if layout.devices > layout.pipeline:  # the stage's ranks wait for each other at every exchange
         times *= 1 + device.rates.lag
     if times != 1:

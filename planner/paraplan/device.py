@@ -173,7 +173,8 @@ class Rates:
         optimizer: bytes per second of the optimizer's update.
         whole_layer: seconds of whole layers over those of their ops alone.
         lag: by what share kernels take longer where ranks wait for the slowest.
-        ranks_per_core: how much faster a rank computes while those it shares its core with wait.
+        ranks_per_core: processes that share one; 1 where each has its own.
+        unshared_speedup: how much faster a rank computes while those it shares with wait.
     """
 
     floor: float
@@ -188,6 +189,7 @@ class Rates:
     whole_layer: float
     lag: float
     ranks_per_core: float
+    unshared_speedup: float
 
 
 class Device(Frozen):
@@ -218,6 +220,7 @@ class Device(Frozen):
     whole_layer_scale: Positive | None = None
     lag_fraction: Figure | None = None
     ranks_per_core: Positive | None = None
+    unshared_speedup: Positive | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
     @model_validator(mode="after")
@@ -239,6 +242,7 @@ class Device(Frozen):
     def rates(self) -> Rates:
         """The figures as plain numbers."""
         memory = self.memory_bandwidth_bytes_per_second.value
+        shared = 1.0 if self.ranks_per_core is None else self.ranks_per_core.value
         return Rates(
             floor=self.kernel_floor_seconds.value,
             memory=memory * self.memory_efficiency.value,
@@ -251,7 +255,10 @@ class Device(Frozen):
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
             whole_layer=1.0 if self.whole_layer_scale is None else self.whole_layer_scale.value,
             lag=0.0 if self.lag_fraction is None else self.lag_fraction.value,
-            ranks_per_core=1.0 if self.ranks_per_core is None else self.ranks_per_core.value,
+            ranks_per_core=shared,
+            unshared_speedup=shared
+            if self.unshared_speedup is None
+            else self.unshared_speedup.value,
         )
 
     def _attention_rates(self) -> AttentionRates:

@@ -108,6 +108,13 @@ class Clock:
         of_all = self._of_all(seconds)
         return together(of_all)._replace(seconds=fmean(map(fmean, of_all)))
 
+    def time_some(self, calls: Sequence[Call], computing: int) -> Timing:
+        """Time calls while only the first ``computing`` ranks make them and the others wait."""
+        seconds = []
+        if self.group is None or dist.get_rank(self.group) < computing:
+            seconds = [self._elapsed(calls, 1) for _ in range(self.batches + 1)][1:]
+        return together(self._of_all(seconds, computing))
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.device.type == "cuda":
@@ -141,16 +148,16 @@ class Clock:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return float(values.mean())
 
-    def _of_all(self, seconds: Sequence[float]) -> list[list[float]]:
-        """Every rank's batches; as many as the rank has that made fewest."""
+    def _of_all(self, seconds: Sequence[float], ranks: int | None = None) -> list[list[float]]:
+        """Batches of all (the first) ranks; as many as the rank has that made fewest."""
         if self.group is None:
             return [list(seconds)]
         own = torch.full((self.batches * CALLS_OF_A_BATCH,), math.nan, dtype=torch.float64)
         own[: len(seconds)] = torch.tensor(seconds, dtype=torch.float64)
         found = torch.empty(dist.get_world_size(self.group), own.numel(), dtype=torch.float64)
         dist.all_gather(list(found), own, group=self.group)
-        least = int((~found.isnan()).sum(1).min())
-        return [one[:least] for one in found.tolist()]
+        least = int((~found[:ranks].isnan()).sum(1).min())
+        return [one[:least] for one in found[:ranks].tolist()]
 
 
 def together(of_all: Sequence[Sequence[float]]) -> Timing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -70,12 +70,14 @@ class Bench:
     Attributes:
         links: groups of ranks by size, each with this rank in it.
         layers: calls of whole layers, which are timed several times, as they were built first.
+        cores: ranks that can compute without sharing a core.
     """
 
     clock: Clock
     random: RandomPool
     links: dict[int, dist.ProcessGroup] = field(default_factory=dict)
     layers: dict[LayerTask, list[Call]] = field(default_factory=dict)
+    cores: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -97,9 +99,9 @@ def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
     if isinstance(task, LinkTask):
         return _link(task, bench)
     if isinstance(task, LayerTask):
-        if task not in bench.layers:
-            bench.layers[task] = _layer(task, bench)
-        return bench.clock.time(bench.layers[task])
+        whole = replace(task, alone=False)
+        calls = bench.layers[whole] = bench.layers.get(whole) or _layer(task, bench)
+        return bench.clock.time_some(calls, bench.cores) if task.alone else bench.clock.time(calls)
     return _rate(task, bench)
 
 

@@ -39,6 +39,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
+from paraplan.layout import Layout
+
 
 @dataclass(frozen=True, slots=True)
 class Path:
@@ -164,26 +166,29 @@ def interleaved_seconds(
     return compute + 2 * (p * v - 1) * transfer + 2 * micro_batches * v * exposed
 
 
-def pass_share(
-    stages: int, micro_batches: int, virtual_stages: int, ranks_per_core: float
-) -> float:
+def pass_share(layout: Layout, ranks_per_core: float, unshared_speedup: float) -> float:
     """What a pass takes, in the mean over a step, of one while all ranks compute; at most 1.
 
     Where processes share cores (more ranks than cores; CPUs only), those that compute run faster
-    while others wait: with k of p stages busy as fast as ``p / k`` allows, and on a core alone at
-    most ``ranks_per_core`` times. Work of N = M v passes takes N + p - 1 of their times, in the
-    i-th of which k_i = min(i, N, p, N + p - i) stages are busy, so that it takes::
+    while others wait. With k of p stages busy a pass takes t(k): ``1 / unshared_speedup`` up to
+    ``k = p / ranks_per_core``, where each has a core, from there on linear to ``t(p) = 1``. Work of
+    N = M v passes takes N + p - 1 of their times, in the i-th of which
+    k_i = min(i, N, p, N + p - i) stages are busy, so that it takes::
 
-        sum_i max(1 / ranks_per_core, k_i / p) / (N + p - 1)
+        sum_i t(k_i) / (N + p - 1)
 
     of what it would (exact for equal stages; ``pytest tests/test_pipeline.py``).
     """
-    if ranks_per_core <= 1 or stages == 1:
+    p, passes = layout.pipeline, layout.micro_batches * layout.virtual_stages
+    if ranks_per_core <= 1 or unshared_speedup <= 1 or p == 1:
         return 1.0
-    passes = micro_batches * virtual_stages
-    times = passes + stages - 1
-    busy = (min(i, passes, stages, times + 1 - i) for i in range(1, times + 1))
-    return sum(max(1 / ranks_per_core, k / stages) for k in busy) / times
+    alone, room = 1 / unshared_speedup, p / ranks_per_core
+
+    def seconds(busy: int) -> float:
+        return alone + (1 - alone) * max(0.0, (busy - room) / (p - room))
+
+    times = passes + p - 1
+    return sum(seconds(min(i, passes, p, times + 1 - i)) for i in range(1, times + 1)) / times
 
 
 def least_seconds(

@@ -123,12 +123,8 @@ def stages_of_kinds(problem: Problem, layout: Layout) -> list[int]:
 
 def block_seconds(problem: Problem, layout: Layout) -> list[float]:
     """What each block kind takes at least in one micro-batch, on the one kind of devices."""
-    share = pass_share(
-        layout.pipeline,
-        layout.micro_batches,
-        layout.virtual_stages,
-        problem.device.rates.ranks_per_core,
-    )
+    rates = problem.device.rates
+    share = pass_share(layout, rates.ranks_per_core, rates.unshared_speedup)
     return [share * (c.forward.total + c.backward.total) for c in computes_of(problem, layout)]
 
 

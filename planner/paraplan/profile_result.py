@@ -274,3 +274,11 @@ def with_layers(
         what = "slowest rank of each batch of whole layers over the mean of all"
         device["lag_fraction"] = _figure(lag, made, what)
     return Cluster.model_validate(content)
+
+
+def with_speedup(cluster: Cluster, times: float, made: Measurements) -> Cluster:
+    """The cluster with how much faster ranks are that share their core with none."""
+    content = cluster.model_dump(mode="json", exclude_none=True)
+    what = "whole layers on all ranks over the same while only as many compute as there are cores"
+    content["node_groups"][0]["device"]["unshared_speedup"] = _figure(times, made, what)
+    return Cluster.model_validate(content)

@@ -53,6 +53,7 @@ class LayerTask:
     Attributes:
         config: the model's config as JSON.
         fitted: the scale is fitted to it; otherwise it tests the profile.
+        alone: measured while only as many ranks compute as there are cores, the others waiting.
     """
 
     config: str
@@ -60,6 +61,7 @@ class LayerTask:
     sequence_length: int
     sequences: int
     fitted: bool
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

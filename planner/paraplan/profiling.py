@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
@@ -35,6 +35,7 @@ from paraplan.profile_result import (
     measured_cluster,
     predicted_layer_seconds,
     with_layers,
+    with_speedup,
 )
 from paraplan.profile_tasks import LayerTask, LinkTask, Scope, example_models, make_tasks
 from paraplan.trace_cache import model_graph
@@ -128,8 +129,11 @@ def profile_machine(
     base = base or _base(kind, ranks)
     calls = _memory_calls(scope, models)
     tasks: list[Any] = [*make_tasks(scope), *_model_tasks(scope, models, base), *calls]
-    tasks = list(dict.fromkeys(tasks))
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
+    if shared(settings):
+        fitted = [task for task in tasks if isinstance(task, LayerTask) and task.fitted]
+        tasks += [replace(task, alone=True) for task in fitted]
+    tasks = list(dict.fromkeys(tasks))
     kept = _Kept(partial, _fingerprint(settings))
     rounds, often = (QUICK_ROUNDS, QUICK_LAYERS_A_ROUND) if quick else (ROUNDS, LAYERS_A_ROUND)
     if quick and shared(settings):
@@ -364,7 +368,8 @@ def _figures(facts: Facts, settings: RankSettings) -> dict[str, float]:
 
 def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerResult, ...]]:
     """Fit the scale of whole layers; then every layer predicted against measured."""
-    layers = made.of(LayerTask)
+    layers = [(task, timing) for task, timing in made.of(LayerTask) if not task.alone]
+    alone = [(made.tasks[replace(t, alone=False)], s) for t, s in made.of(LayerTask) if t.alone]
 
     def results(profile: Cluster) -> tuple[LayerResult, ...]:
         return tuple(
@@ -376,6 +381,8 @@ def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerR
     scale = median(one.measured_seconds / one.predicted_seconds for one in fitted)
     lag = fmean(timing.lag for _, timing in layers)
     scaled = with_layers(cluster, scale, lag, made, len(fitted))
+    if alone:
+        scaled = with_speedup(scaled, median(s.seconds / one.seconds for s, one in alone), made)
     return scaled, results(scaled)
 
 
