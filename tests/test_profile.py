@@ -215,6 +215,28 @@ def test_real_processes_measure_together() -> None:
     assert facts.capacity_bytes > facts.framework_bytes > 0
 
 
+def test_layers_are_measured_while_ranks_wait_for_a_core() -> None:
+    from dataclasses import replace
+
+    from paraplan.measure_ranks import RankSettings, key_of, measure_on_ranks
+    from paraplan.profile_tasks import gpt2_config
+
+    layer = LayerTask(gpt2_config(32, 2, vocabulary=64), "float32", 8, 1, True)
+    tasks = [layer, replace(layer, alone=True), layer]
+    known: dict[str, Any] = {}
+    measure_on_ranks(tasks, RankSettings("cpu", 3, True, 1), known.__setitem__)
+    assert set(known) == {key_of(task) for task in tasks}
+    assert all(timing.seconds > 0 for timing in known.values())
+
+
+def test_a_timing_is_of_all_ranks() -> None:
+    from paraplan.measure_clock import together
+
+    timing = together([[1.0, 1.0], [1.0, 3.0]])
+    assert timing.seconds == 1.5  # the mean of the ranks' medians
+    assert timing.lag == pytest.approx(1 / 3)  # each batch's slowest: 1 and 3; the mean of all: 1.5
+
+
 def test_a_rank_that_fails_is_told_in_one_error() -> None:
     from paraplan.errors import InputError
     from paraplan.measure_ranks import RankSettings, measure_on_ranks

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from paraplan.cpu_ranks import keep_freed_memory
 from paraplan.plan_file import Plan
 from paraplan_runtime.check import (
     check_kinds,
@@ -119,6 +120,8 @@ def parallelize(
         parallel.load_pretrained(weights)
     else:
         fill(parallel.entries, sources, ranks)
+    if device.type == "cpu":
+        keep_freed_memory()  # what building the shard took has gone back to the system
     if ranks.speaks:
         _log.info("\n".join(start_lines(plan, ranks)))
     return parallel.train(model.training)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from paraplan.cpu_ranks import keep_freed_memory
 from paraplan.errors import InputError
 from paraplan.layout import Layout
 from paraplan_runtime.rehearsal import real_tensors
@@ -86,7 +85,6 @@ def join(device_type: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device(kind)
-        keep_freed_memory()
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
