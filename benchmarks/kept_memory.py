@@ -78,10 +78,12 @@ def main() -> None:
     """Train, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=3)
-    turns = parser.parse_args().turns
-    for name, layout in LAYOUTS.items():
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    arguments = parser.parse_args()
+    for name in arguments.layouts:
+        layout = LAYOUTS[name]
         runs: dict[bool, list[Measured]] = {True: [], False: []}
-        for _ in range(turns):
+        for _ in range(arguments.turns):
             for keep, done in runs.items():
                 done.append(run_ranks(2, train, layout, keep, limit_seconds=120)[0])
         seconds, faults, held = (
