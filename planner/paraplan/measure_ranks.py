@@ -201,7 +201,7 @@ def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
         sizes = [n for n in range(2, settings.ranks + 1) if settings.ranks % n == 0]
         links = {n: _group(rank, n, settings.ranks) for n in sizes}
     batches = BATCHES - settings.quick
-    cores = available_cores() // settings.threads
+    cores = max(1, available_cores() // settings.threads)
     return Bench(Clock(device, seconds, batches, agree), RandomPool(device), links, cores=cores)
 
 

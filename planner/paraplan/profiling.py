@@ -38,7 +38,7 @@ from paraplan.profile_result import (
     with_speedup,
 )
 from paraplan.profile_tasks import LayerTask, LinkTask, Scope, example_models, make_tasks
-from paraplan.trace_cache import model_graph
+from paraplan.trace_cache import model_graph, source_digest
 
 if TYPE_CHECKING:
     from paraplan.measure_calls import RecordedCall
@@ -232,7 +232,8 @@ def _base(kind: str, ranks: int) -> Cluster:
 def _fingerprint(settings: Any) -> str:
     import torch
 
-    parts = [asdict(settings), torch.__version__, Seconds._fields]
+    how = [source_digest("measure*.py"), source_digest("profil*.py")]
+    parts = [asdict(settings), torch.__version__, *how]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
