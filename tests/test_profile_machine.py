@@ -56,8 +56,8 @@ def test_an_interrupted_profile_keeps_what_it_measured(
     assert not output.exists()
     known = json.loads(partial.read_text())["known"]
     assert known
-    key, (_, spread) = next((key, timings[0]) for key, timings in known.items())
-    known[key] = 2 * [(12345.0, spread)]  # both rounds; measured again it would be another figure
+    key, (_, *rest) = next((key, timings[0]) for key, timings in known.items())
+    known[key] = 2 * [(12345.0, *rest)]  # both rounds; measured again it would be another figure
     content = json.loads(partial.read_text()) | {"known": known}
     partial.write_text(json.dumps(content))
     done = subprocess.run(
