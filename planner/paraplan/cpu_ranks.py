@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 KEPT_BYTES = 2**31 - 1
@@ -32,6 +31,8 @@ def keep_freed_memory() -> bool:
     """
     if any(name in os.environ for name in _OWN_SETTINGS):
         return False
+    import ctypes  # not on the way of `plan`
+
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
