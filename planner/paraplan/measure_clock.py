@@ -29,7 +29,8 @@ CACHES = 2.5
 WORK_SECONDS = 0.01
 """Of computation before each call in which ranks wait for each other: about what a layer computes
 between its collectives. Two processes exchanged 0.75 MiB in 1.9 to 2.7 ms back to back, in 2.5 to
-3.9 ms after 5 to 20 ms of computation, and in 5 ms after 70 ms of it (CPU, a kernel of 250 Hz)."""
+3.9 ms after 5 to 20 ms of computation, and in 5 ms after 70 ms of it (CPU, a kernel of 250 Hz;
+tried once, not in the repository)."""
 
 CALLS_OF_A_BATCH, CALLS_SECONDS = 3, 0.1
 """So many such calls stand for a batch; of long ones, what fits into so many seconds."""
