@@ -15,7 +15,15 @@ from paraplan.device import load_device
 from paraplan.graph import Amount, Op
 from paraplan.link_table import MeasuredCollective, make_link_table
 from paraplan.op_times import op_seconds
-from paraplan.profile_result import Measurements, MemoryCall, Seconds, measured_cluster, with_layers
+from paraplan.profile_result import (
+    LayerFit,
+    Measurements,
+    MemoryCall,
+    Seconds,
+    fit_layers,
+    measured_cluster,
+    with_layers,
+)
 from paraplan.profile_tasks import (
     AttentionTask,
     GemmTask,
@@ -141,10 +149,45 @@ def test_the_scale_of_whole_layers_lengthens_blocks() -> None:
     graph = small_graph()
     block = next(block for block in graph.blocks.values() if block.role == "layer")
     seconds = []
-    for one in (cluster, with_layers(cluster, 1.25, 0.0, made, 2)):
+    for one in (cluster, with_layers(cluster, LayerFit(1.25, None, 2), 0.0, made)):
         cost = block_compute(block, Layout(), device=one.device, cluster=one)
         seconds.append(cost.forward.kernels + cost.backward.kernels)
     assert seconds[1] == pytest.approx(1.25 * seconds[0])
+
+
+def test_layers_tell_their_scale_and_what_each_op_takes_beside_it() -> None:
+    ops, calls = [0.5e-3, 100e-3, 200e-3], [46.0, 46.0, 101.0]
+    took = [1.25 * s + 20e-6 * n for s, n in zip(ops, calls, strict=True)]
+    fit = fit_layers(ops, calls, took)
+    assert fit == LayerFit(pytest.approx(1.25), pytest.approx(20e-6), 3)  # type: ignore[arg-type]
+    # Noise can make small layers faster than their ops; a call that gives time back does not exist.
+    fit = fit_layers(ops, calls, [0.3e-3, 110e-3, 220e-3])
+    assert fit == LayerFit(pytest.approx(1.1), 0.0, 3)  # type: ignore[arg-type]
+
+
+def test_a_cpu_hides_no_launches() -> None:
+    """It is host and device in one; a GPU works meanwhile, and what is left counts."""
+    from small_graphs import small_graph
+
+    from paraplan.block_compute import block_compute
+    from paraplan.layout import Layout
+
+    cluster, made = made_cluster()
+    block = next(block for block in small_graph().blocks.values() if block.role == "layer")
+    calls = sum(op.count for op in block.variants[1].ops if op.phase == "forward")
+    launches = {}
+    for seconds in (0.0, 1e-9):
+        one = with_layers(cluster, LayerFit(1.0, seconds, 2), 0.0, made)
+        for kind in ("cpu", "cuda"):
+            device = one.device.model_copy(update={"kind": kind})
+            cost = block_compute(block, Layout(), device=device, cluster=one)
+            launches[kind, seconds] = cost.forward.launch
+    assert launches == {
+        ("cpu", 0.0): 0.0,
+        ("cpu", 1e-9): pytest.approx(calls * 1e-9),
+        ("cuda", 0.0): 0.0,
+        ("cuda", 1e-9): 0.0,  # its kernels take longer
+    }
 
 
 def test_ranks_that_wait_for_each_other_lose_the_lag(tmp_path: Any) -> None:
@@ -155,7 +198,7 @@ def test_ranks_that_wait_for_each_other_lose_the_lag(tmp_path: Any) -> None:
     forward = {}
     for lag in (0.0, 0.25):
         path = tmp_path / f"{lag}.json"
-        profile = with_layers(cluster, 1.0, lag, made, 2)
+        profile = with_layers(cluster, LayerFit(1.0, None, 2), lag, made)
         path.write_text(profile.model_dump_json(exclude_none=True))
         for fix in ("data_replicate=2", "pipeline=2"):
             plan = estimate("gpt2", cluster=str(path), fix=fix, seq_len=128, global_batch=8)
@@ -171,7 +214,9 @@ def test_the_interval_of_a_measured_device_is_its_own(tmp_path: Any) -> None:
 
     cluster, made = made_cluster()
     intervals = []
-    for number, profile in enumerate((cluster, with_layers(cluster, 1.0, 0.0, made, 2))):
+    for number, profile in enumerate(
+        (cluster, with_layers(cluster, LayerFit(1.0, None, 2), 0.0, made))
+    ):
         path = tmp_path / f"{number}.json"
         path.write_text(profile.model_dump_json(exclude_none=True))
         plan = estimate("gpt2", cluster=str(path), fix="data_replicate=2", seq_len=128)

@@ -253,10 +253,10 @@ def _with_copies(compute: BlockCompute, forward: float, backward: float) -> Bloc
 
 
 def _taking(compute: BlockCompute, times: float) -> BlockCompute:
-    """The block with kernels that take so many times as long."""
+    """The block with kernels, and their launches, that take so many times as long."""
 
     def taking(one: Pass) -> Pass:
-        return replace(one, kernels=one.kernels * times)
+        return replace(one, kernels=one.kernels * times, launch=one.launch * times)
 
     return replace(
         compute,

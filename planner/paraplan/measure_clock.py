@@ -2,9 +2,11 @@
 
 A batch is many calls in a row, timed together: on a GPU between two events on the device, behind
 a pause that lets the host launch ahead; on a CPU by the wall clock. All ranks run the same batches
-at the same time, because ranks that compute together share power, caches, memory bandwidth and,
-where there are more processes than cores, the cores. The time of a call is the median of its
-batches, the mean over the ranks.
+at the same time, because ranks that compute together share power, caches and memory bandwidth.
+Where there are more processes than cores, only as many time single calls as have a core each: of
+ranks that take turns on a core nothing short can be timed, and what the turns cost is in the scale
+that whole layers on all ranks give. The time of a call is the median of its batches, the mean over
+the ranks.
 """
 
 from __future__ import annotations
@@ -57,39 +59,40 @@ class Clock:
 
     Attributes:
         device: that the calls run on.
-        batch_seconds: shortest batch. Where processes share cores it has to span many of the
-            scheduler's turns.
+        batch_seconds: shortest batch.
         batches: timed after the calls that warm up.
         group: gloo group over which ranks agree; None for a single rank.
+        cores: ranks that can compute without sharing a core; None: all.
+        shared_batch_seconds: shortest batch where all ranks compute though they share cores; it
+            has to span many of the scheduler's turns.
     """
 
     device: torch.device
     batch_seconds: float
     batches: int
     group: dist.ProcessGroup | None = None
+    cores: int | None = None
+    shared_batch_seconds: float = 0.0
 
     def time(self, calls: Sequence[Call], *, collective: bool = False) -> Timing:
-        """Time calls that do the same with different inputs, in turn.
+        """Time calls that do the same with different inputs, in turn, on all ranks.
 
         Args:
             collective: all ranks must make them equally often. Otherwise they need not agree on
                 it, which where they share cores takes longer than most calls.
         """
         agreed = self._slowest if collective else float
-        self.synchronize()
-        once = agreed(self._elapsed(calls, 1))
-        short = once < self.batch_seconds
-        if short:
-            once = agreed(self._elapsed(calls, 1))
-        count = max(1, math.ceil(self.batch_seconds / max(once, 1e-7)))
-        if self.device.type == "cuda":
-            count = min(count, MOST_CALLS)
-        batches = self.batches if once < 10 * self.batch_seconds else max(1, self.batches // 3)
-        if short:  # a long call has warmed up by now
-            self._elapsed(calls, min(count, len(calls) + 1))
-        self.wait_for_all()
-        seconds = [self._elapsed(calls, count) / count for _ in range(batches)]
-        return together(self._of_all(seconds))
+        shortest = self.batch_seconds if self.cores is None else self.shared_batch_seconds
+        return together(self._of_all(self._batches(calls, shortest, agreed)))
+
+    def time_alone(self, calls: Sequence[Call]) -> Timing:
+        """Time calls while no more ranks make them than have a core each; the others wait."""
+        seconds = []
+        if self.cores is None or self.group is None or dist.get_rank(self.group) < self.cores:
+            seconds = self._batches(calls, self.batch_seconds, float)
+        else:
+            self.wait_for_all()
+        return together(self._of_all(seconds, self.cores))
 
     def time_waiting(self, call: Call, work: Call) -> Timing:
         """Time a call in which CPU ranks wait for each other, each time after computing ``work``.
@@ -109,13 +112,6 @@ class Clock:
         of_all = self._of_all(seconds)
         return together(of_all)._replace(seconds=fmean(map(fmean, of_all)))
 
-    def time_some(self, calls: Sequence[Call], computing: int) -> Timing:
-        """Time calls while only the first ``computing`` ranks make them and the others wait."""
-        seconds = []
-        if self.group is None or dist.get_rank(self.group) < computing:
-            seconds = [self._elapsed(calls, 1) for _ in range(self.batches + 1)][1:]
-        return together(self._of_all(seconds, computing))
-
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.device.type == "cuda":
@@ -125,6 +121,24 @@ class Clock:
         """Wait for the other ranks."""
         if self.group is not None:
             dist.barrier(self.group)
+
+    def _batches(
+        self, calls: Sequence[Call], shortest: float, agreed: Callable[[float], float]
+    ) -> list[float]:
+        """Seconds of a call in each batch; all ranks begin together."""
+        self.synchronize()
+        once = agreed(self._elapsed(calls, 1))
+        short = once < shortest
+        if short:
+            once = agreed(self._elapsed(calls, 1))
+        count = max(1, math.ceil(shortest / max(once, 1e-7)))
+        if self.device.type == "cuda":
+            count = min(count, MOST_CALLS)
+        batches = self.batches if once < 10 * shortest else max(1, self.batches // 3)
+        if short:  # a long call has warmed up by now
+            self._elapsed(calls, min(count, len(calls) + 1))
+        self.wait_for_all()
+        return [self._elapsed(calls, count) / count for _ in range(batches)]
 
     def _elapsed(self, calls: Sequence[Call], count: int) -> float:
         if self.device.type != "cuda":

@@ -70,14 +70,12 @@ class Bench:
     Attributes:
         links: groups of ranks by size, each with this rank in it.
         layers: calls of whole layers, which are timed several times, as they were built first.
-        cores: ranks that can compute without sharing a core.
     """
 
     clock: Clock
     random: RandomPool
     links: dict[int, dist.ProcessGroup] = field(default_factory=dict)
     layers: dict[LayerTask, list[Call]] = field(default_factory=dict)
-    cores: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +87,7 @@ def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
     """Seconds of one call of what the task describes; a collective of all ranks."""
     if isinstance(task, RecordedCall):
         copies = copies_beyond_cache(bench.device, task.operand_bytes, MOST_COPIES)
-        return bench.clock.time(
+        return bench.clock.time_alone(
             [replay(task, bench.device, bench.random.take) for _ in range(copies)]
         )
     if isinstance(task, GemmTask):
@@ -101,7 +99,7 @@ def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
     if isinstance(task, LayerTask):
         whole = replace(task, alone=False)
         calls = bench.layers[whole] = bench.layers.get(whole) or _layer(task, bench)
-        return bench.clock.time_some(calls, bench.cores) if task.alone else bench.clock.time(calls)
+        return bench.clock.time_alone(calls) if task.alone else bench.clock.time(calls)
     return _rate(task, bench)
 
 
@@ -131,7 +129,7 @@ def _gemm(task: GemmTask, bench: Bench) -> Timing:
         for pair in pairs:
             product(*pair)
 
-    timing = bench.clock.time([partial(layer, pairs) for pairs in operands])
+    timing = bench.clock.time_alone([partial(layer, pairs) for pairs in operands])
     return timing._replace(seconds=timing.seconds / len(forms))
 
 
@@ -161,7 +159,7 @@ def _attention(task: AttentionTask, bench: Bench) -> Timing:
         chosen = sdpa_kernel(backends[task.implementation])
     with chosen:
         if task.phase == "forward":
-            return bench.clock.time([partial(attend, *o) for o in operands])
+            return bench.clock.time_alone([partial(attend, *o) for o in operands])
         outputs = [attend(*o) for o in operands]
         gradient = torch.randn(batch, queries, heads, value_size, device=bench.device).to(dtype)
         gradient = gradient.transpose(1, 2)
@@ -171,7 +169,7 @@ def _attention(task: AttentionTask, bench: Bench) -> Timing:
                 outputs[index], operands[index], gradient, retain_graph=True
             )
 
-        return bench.clock.time([backward(i) for i in range(len(outputs))])
+        return bench.clock.time_alone([backward(i) for i in range(len(outputs))])
 
 
 def _link(task: LinkTask, bench: Bench) -> Timing:
@@ -287,7 +285,7 @@ def _rate(task: RateTask, bench: Bench) -> Timing:
         return bench.clock.time([lambda: to.copy_(source, non_blocking=True)])
     small = torch.randn(size // 8, device=device)
     if task.what == "floor":
-        return bench.clock.time([lambda: small.add(1.0)])
+        return bench.clock.time_alone([lambda: small.add(1.0)])
     return _launch(small, bench)
 
 

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -84,7 +84,7 @@ def start_imports() -> None:
 Report = Callable[[str, Timing], None]
 """Called with a task's key and its timing as soon as there is one, each time it is measured."""
 
-ROUNDS, QUICK_ROUNDS = 3, 2
+ROUNDS, QUICK_ROUNDS = 4, 2
 """All tasks are measured so often, one after the other, so that what disturbs the machine for some
 seconds disturbs one timing in three of a task, and not a whole corner of the grid. Quick ranks that
 share cores have time for one round."""
@@ -178,8 +178,6 @@ def _rank(
 def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(rank)
-    slow = shared(settings) and not settings.quick
-    seconds = CORE_SHARE_SECONDS if slow else BATCH_SECONDS
     device = torch.device("cuda", rank) if settings.kind == "cuda" else torch.device("cpu")
     if settings.kind == "cuda":
         torch.cuda.set_device(device)
@@ -201,8 +199,12 @@ def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
         sizes = [n for n in range(2, settings.ranks + 1) if settings.ranks % n == 0]
         links = {n: _group(rank, n, settings.ranks) for n in sizes}
     batches = BATCHES - settings.quick
-    cores = max(1, available_cores() // settings.threads)
-    return Bench(Clock(device, seconds, batches, agree), RandomPool(device), links, cores=cores)
+    clock = Clock(device, BATCH_SECONDS, batches, agree)
+    if shared(settings):
+        cores = max(1, available_cores() // settings.threads)
+        shortest = BATCH_SECONDS if settings.quick else CORE_SHARE_SECONDS
+        clock = replace(clock, cores=cores, shared_batch_seconds=shortest)
+    return Bench(clock, RandomPool(device), links)
 
 
 def _group(rank: int, size: int, ranks: int) -> Any:

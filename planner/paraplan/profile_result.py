@@ -262,14 +262,52 @@ def predicted_layer_seconds(graph: ModelGraph, task: LayerTask, cluster: Cluster
     return cost.forward.total + cost.backward.total
 
 
-def with_layers(
-    cluster: Cluster, scale: float, lag: float, made: Measurements, fitted: int
-) -> Cluster:
-    """The cluster with what whole layers tell: their scale, and the ranks' lag."""
+def layer_calls(graph: ModelGraph) -> float:
+    """Ops of a forward and a backward of the model's one layer."""
+    layer = next(block for block in graph.blocks.values() if block.role == "layer")
+    return sum(op.count for op in layer.variants[1].ops)
+
+
+class LayerFit(NamedTuple):
+    """What whole layers take: ``scale * seconds of their ops alone + calls * launch_seconds``.
+
+    Attributes:
+        launch_seconds: what modules and autograd take for each op, on a CPU; None on a GPU, where
+            the device hides it or `RateTask` measured it.
+    """
+
+    scale: float
+    launch_seconds: float | None
+    layers: int
+
+
+def fit_layers(
+    ops_seconds: Sequence[float], calls: Sequence[float], measured_seconds: Sequence[float]
+) -> LayerFit:
+    """The scale and the launch that make the sum of squared relative errors least.
+
+    Layers of a few tokens, whose ops take next to nothing, tell the launch; large ones the scale.
+    """
+    import torch
+
+    took = torch.tensor(measured_seconds, dtype=torch.float64)
+    parts = torch.tensor([list(ops_seconds), list(calls)], dtype=torch.float64)
+    rows = (parts / took).T
+    scale, launch = torch.linalg.lstsq(rows, torch.ones(len(took), 1).double()).solution[:, 0]
+    if launch < 0:  # noise: there is no such thing
+        return LayerFit(median((took / parts[0]).tolist()), 0.0, len(took))
+    return LayerFit(float(scale), float(launch), len(took))
+
+
+def with_layers(cluster: Cluster, fit: LayerFit, lag: float, made: Measurements) -> Cluster:
+    """The cluster with what whole layers tell: their scale, launches, and the ranks' lag."""
     content = cluster.model_dump(mode="json", exclude_none=True)
     device = content["node_groups"][0]["device"]
-    what = f"median of {fitted} whole layers over their ops alone"
-    device["whole_layer_scale"] = _figure(scale, made, what)
+    what = f"{fit.layers} whole layers over their ops alone"
+    device["whole_layer_scale"] = _figure(fit.scale, made, what)
+    if fit.launch_seconds is not None:
+        what = f"what {fit.layers} whole layers take beside that, for each op"
+        device["host_launch_seconds"] = _figure(fit.launch_seconds, made, what)
     if made.ranks > 1:
         what = "slowest rank of each batch of whole layers over the mean of all"
         device["lag_fraction"] = _figure(lag, made, what)

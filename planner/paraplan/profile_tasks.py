@@ -216,6 +216,7 @@ def _layer_tasks(scope: Scope) -> list[Task]:
         ]
     else:
         fit = [(llama_config(384, 6), 128, 4), (gpt2_config(320, 5), 96, 4)]
+        fit += [(llama_config(64, 2), 16, 1), (gpt2_config(64, 2), 16, 1)]  # the launches
         if not scope.quick:
             fit += [(llama_config(512, 8, 2), 224, 2), (gpt2_config(448, 7), 192, 2)]
         test = [

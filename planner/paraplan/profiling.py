@@ -29,9 +29,12 @@ from paraplan.files import write_atomically
 from paraplan.models import ModelSource, model_of_config
 from paraplan.op_table import Dtype
 from paraplan.profile_result import (
+    LayerFit,
     Measurements,
     MemoryCall,
     Seconds,
+    fit_layers,
+    layer_calls,
     measured_cluster,
     predicted_layer_seconds,
     with_layers,
@@ -368,7 +371,7 @@ def _figures(facts: Facts, settings: RankSettings) -> dict[str, float]:
 
 
 def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerResult, ...]]:
-    """Fit the scale of whole layers; then every layer predicted against measured."""
+    """Fit what whole layers take; then every layer predicted against measured."""
     layers = [(task, timing) for task, timing in made.of(LayerTask) if not task.alone]
     alone = [(made.tasks[replace(t, alone=False)], s) for t, s in made.of(LayerTask) if t.alone]
 
@@ -379,9 +382,15 @@ def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerR
         )
 
     fitted = [one for one in results(cluster) if one.task.fitted]
-    scale = median(one.measured_seconds / one.predicted_seconds for one in fitted)
-    lag = fmean(timing.lag for _, timing in layers)
-    scaled = with_layers(cluster, scale, lag, made, len(fitted))
+    ops = [one.predicted_seconds for one in fitted]
+    took = [one.measured_seconds for one in fitted]
+    if cluster.device.kind == "cpu":
+        fit = fit_layers(ops, [layer_calls(_graph(one.task)) for one in fitted], took)
+    else:
+        scale = median(whole / alone for whole, alone in zip(took, ops, strict=True))
+        fit = LayerFit(scale, None, len(fitted))
+    lag = fmean([s.lag for _, s in layers], weights=[s.seconds for _, s in layers])
+    scaled = with_layers(cluster, fit, lag, made)
     if alone:
         scaled = with_speedup(scaled, median(s.seconds / one.seconds for s, one in alone), made)
     return scaled, results(scaled)
