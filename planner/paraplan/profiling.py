@@ -12,10 +12,11 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +41,7 @@ from paraplan.profile_result import (
     with_layers,
     with_speedup,
 )
-from paraplan.profile_tasks import LayerTask, LinkTask, Scope, example_models, make_tasks
+from paraplan.profile_tasks import LayerTask, LinkTask, RateTask, Scope, example_models, make_tasks
 from paraplan.trace_cache import model_graph, source_digest
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def profile_machine(
     calls = _memory_calls(scope, models)
     tasks: list[Any] = [*make_tasks(scope), *_model_tasks(scope, models, base), *calls]
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
-    if shared(settings):
+    if shared(settings) and not quick:  # too few timings tell less than the number of cores does
         fitted = [task for task in tasks if isinstance(task, LayerTask) and task.fitted]
         tasks += [replace(task, alone=True) for task in fitted]
     tasks = list(dict.fromkeys(tasks))
@@ -154,7 +155,7 @@ def profile_machine(
         facts = measure_on_ranks(missing, settings, report)
     finally:
         kept.save()
-    known = {task: _over_rounds(kept.known[key_of(task)], _middle_of(task)) for task in tasks}
+    known = _over_rounds({task: kept.known[key_of(task)] for task in tasks})
     made = Measurements(
         tasks={task: timing for task, timing in known.items() if task not in set(calls)},
         calls=[_memory_call(call, known[call]) for call in calls],
@@ -169,22 +170,19 @@ def profile_machine(
     return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
 
 
-def _middle_of(task: Any) -> Callable[[Iterable[float]], float]:
-    """Of a task's timings: the mean where what is lost at times is part of every step."""
-    return fmean if isinstance(task, (LayerTask, LinkTask)) else median
-
-
 def _schedule(tasks: Sequence[Any], rounds: int, often: int) -> list[Any]:
     """The order of all timings: in each round every task once, and whole layers ``often``.
 
     What layers lose to a machine that is slow at times is part of every step, so that they are
-    spread over the whole time.
+    spread over the whole time; and each time another comes first, for the first is the slowest.
     """
     layers = [task for task in tasks if isinstance(task, LayerTask)]
     others = [task for task in tasks if not isinstance(task, LayerTask)]
     part = -(-len(others) // often)
     parts = [others[i * part : (i + 1) * part] for i in range(often)]
-    return [task for _ in range(rounds) for each in parts for task in (*each, *layers)]
+    turns = [layers[i:] + layers[:i] for i in range(len(layers))] or [[]]
+    slots = zip(rounds * parts, cycle(turns))
+    return [task for each, turn in slots for task in (*each, *turn)]
 
 
 def _missing(
@@ -201,14 +199,36 @@ def _missing(
     return left
 
 
-def _over_rounds(
-    timings: Sequence[Sequence[float]], middle: Callable[[Iterable[float]], float]
-) -> Seconds:
-    """The middle of a task's timings, and the larger of their spread and that inside them."""
-    seconds, spreads, lags = zip(*timings, strict=True)
-    found = middle(seconds)
-    spread = max(median(spreads), (max(seconds) - min(seconds)) / found)
-    return Seconds(found, spread, middle(lags))
+def _over_rounds(timings: Mapping[Any, Sequence[Sequence[float]]]) -> dict[Any, Seconds]:
+    """What each task takes, and the larger of its spread between rounds and inside them.
+
+    What else the machine does makes now this, now that timing longer, and of all steps of a
+    training the mean. So of an op the fastest round counts; of whole layers, which set the level
+    for all ops, the medians, longer by what all their means exceed them; of exchanges the mean;
+    of rates, which nothing sets the level of, the median.
+    """
+    known = {}
+    for task, rounds in timings.items():
+        seconds, spreads, lags = zip(*rounds, strict=True)
+        kind = type(task)
+        middle: Callable[[Sequence[float]], float] = min
+        if kind in (LayerTask, RateTask):
+            middle = median
+        elif kind is LinkTask:
+            middle = fmean
+        found = Seconds(
+            middle(seconds),
+            max(median(spreads), (max(seconds) - min(seconds)) / median(seconds)),
+            fmean(lags) if kind in (LayerTask, LinkTask) else median(lags),
+        )
+        known[task] = found
+    for alone in (False, True):
+        layers = [t for t in timings if isinstance(t, LayerTask) and t.alone == alone]
+        if layers:
+            means = sum(fmean(s for s, *_ in timings[t]) for t in layers)
+            level = means / sum(known[t].seconds for t in layers)
+            known |= {t: known[t]._replace(seconds=level * known[t].seconds) for t in layers}
+    return known
 
 
 def _threads(kind: str, ranks: int) -> int:
