@@ -134,7 +134,7 @@ class Clock:
         count = max(1, math.ceil(shortest / max(once, 1e-7)))
         if self.device.type == "cuda":
             count = min(count, MOST_CALLS)
-        batches = self.batches if once < 10 * shortest else self.batches - 1
+        batches = self.batches if once < 10 * shortest else max(1, self.batches - 1)
         if short:  # a long call has warmed up by now
             self._elapsed(calls, min(count, len(calls) + 1))
         self.wait_for_all()

@@ -284,19 +284,21 @@ class LayerFit(NamedTuple):
 def fit_layers(
     ops_seconds: Sequence[float], calls: Sequence[float], measured_seconds: Sequence[float]
 ) -> LayerFit:
-    """The scale and the launch that make the sum of squared relative errors least.
+    """The scale and the launch that make the sum of squared errors over the time least.
 
-    Layers of a few tokens, whose ops take next to nothing, tell the launch; large ones the scale.
+    Layers of a few tokens, whose ops take next to nothing, tell the launch. Their errors are of
+    some per cent like all others', so that squares over the time leave the scale to the large ones.
     """
     import torch
 
     took = torch.tensor(measured_seconds, dtype=torch.float64)
     parts = torch.tensor([list(ops_seconds), list(calls)], dtype=torch.float64)
-    rows = (parts / took).T
-    scale, launch = torch.linalg.lstsq(rows, torch.ones(len(took), 1).double()).solution[:, 0]
+    weights = took.rsqrt()
+    found = torch.linalg.lstsq((parts * weights).T, (took * weights)[:, None]).solution
+    scale, launch = found[:, 0].tolist()
     if launch < 0:  # noise: there is no such thing
-        return LayerFit(median((took / parts[0]).tolist()), 0.0, len(took))
-    return LayerFit(float(scale), float(launch), len(took))
+        scale, launch = sum(measured_seconds) / sum(ops_seconds), 0.0
+    return LayerFit(scale, launch, len(took))
 
 
 def with_layers(cluster: Cluster, fit: LayerFit, lag: float, made: Measurements) -> Cluster:
