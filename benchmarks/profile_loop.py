@@ -1,6 +1,6 @@
 """Closes the loop on this machine: profile it, plan, train, compare what was predicted.
 
-    python benchmarks/profile_loop.py --ranks 2 -o loop.json        # about 6 minutes
+    python benchmarks/profile_loop.py --ranks 2 -o loop.json        # about 10 minutes
     python benchmarks/profile_loop.py --ranks 4 --models llama --quick-only
 
 For each number of CPU processes the machine is profiled, in full and with ``--quick``; each model
@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], choices=sorted(OTHERS))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--quick-only", action="store_true", help="leave the full profile out")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
