@@ -174,7 +174,8 @@ def _schedule(tasks: Sequence[Any], rounds: int, often: int) -> list[Any]:
     """The order of all timings: in each round every task once, and whole layers ``often``.
 
     What layers lose to a machine that is slow at times is part of every step, so that they are
-    spread over the whole time; and each time another comes first, for the first is the slowest.
+    spread over the whole time; and each time another comes first, so that none always finds the
+    caches as single calls have left them.
     """
     layers = [task for task in tasks if isinstance(task, LayerTask)]
     others = [task for task in tasks if not isinstance(task, LayerTask)]
@@ -412,7 +413,8 @@ def _scaled(cluster: Cluster, made: Measurements) -> tuple[Cluster, tuple[LayerR
     lag = fmean([s.lag for _, s in layers], weights=[s.seconds for _, s in layers])
     scaled = with_layers(cluster, fit, lag, made)
     if alone:
-        scaled = with_speedup(scaled, median(s.seconds / one.seconds for s, one in alone), made)
+        times = sum(s.seconds for s, _ in alone) / sum(one.seconds for _, one in alone)
+        scaled = with_speedup(scaled, times, made)
     return scaled, results(scaled)
 
 
