@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from paraplan.cluster import load_cluster
+from paraplan.device import load_device
 from paraplan.errors import InputError
 from paraplan.graph import op_flops
 from paraplan.problem import MEMORY_FRACTION
 from paraplan.validate import as_json, validate_files, validate_main
 from paraplan.validate_graph import closed_form_graph, parameter_count
-from paraplan.validate_layout import cost_cuts, crowded_seconds, equal_cuts, layout_of
+from paraplan.validate_layout import (
+    cost_cuts,
+    crowded_seconds,
+    engine_of,
+    equal_cuts,
+    layout_of,
+)
 from paraplan.validate_machines import node_bytes_per_second
 from paraplan.validate_model import sizes_of
 from paraplan.validate_predict import predict
@@ -180,6 +188,24 @@ def test_nanotron_keeps_tensor_parallel_activations_in_shards() -> None:
     assert one.replicated.per_sequence == 8 * s * h
     assert two.replicated.per_sequence == 12 * s * h  # divided by sequence parallelism
     assert one.gathered.per_sequence == two.gathered.per_sequence == 0
+
+
+def test_sums_of_gradients_stand_before_a_backward_has_made_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4 of the 4 bytes a parameter of a run on one rank, and what fragments with them."""
+    cells = {"source": "nanotron", "dp": "1", "tp": "1", "pp": "1", "n_gpus": "1"}
+    made = row(**cells, micro_batch="4", global_batch="4")
+    standing = predict(made).predicted_gib
+    monkeypatch.setattr(
+        "paraplan.validate_predict.engine_of",
+        lambda *known: replace(engine_of(*known), standing_gradient_bytes=0),
+    )
+    graph = closed_form_graph(sizes_of(made), 1)
+    parameters = sum(graph.blocks[item.block].variants[1].parameters for item in graph.chain)
+    fragments = 1 + load_device("h100").fragmentation_fraction.value
+    missing = (standing - predict(made).predicted_gib) * 2**30
+    assert missing == pytest.approx(4 * parameters * fragments)
 
 
 def test_a_crowded_device_waits_at_every_transfer() -> None:

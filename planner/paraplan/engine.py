@@ -21,6 +21,8 @@ class Engine:
         exchange_wait_seconds: the host waits for each step of a tensor exchange.
         gradient_bytes: of whole gradients kept through the step, for each parameter on the device
             (below ZeRO-2); None: as this project's runtime keeps them.
+        standing_gradient_bytes: of those, what is there before a backward has made any: sums in
+            one buffer that is made with the optimizer.
         buffer_bytes: for the pieces on their way, beside them.
         shards_context: context ranks share what the data ranks shard.
         bucket_bytes: gradients and parameters are exchanged in pieces of that size; 0: by block.
@@ -37,6 +39,7 @@ class Engine:
     blocking: bool = False
     exchange_wait_seconds: float = 0.0
     gradient_bytes: int | None = None
+    standing_gradient_bytes: int = 0
     buffer_bytes: float = 0.0
     shards_context: bool = False
     bucket_bytes: float = 0.0

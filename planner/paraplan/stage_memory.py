@@ -151,7 +151,7 @@ def _moments(
     layout = chain.layout
     number = sum(n for n, _ in by_role["layer"])
     early = depth >= layout.micro_batches  # full before any backward has ended
-    first = dict(held, gradients=0.0) if early else held
+    first = dict(held, gradients=_standing(chain, held["gradients"])) if early else held
     heads = [cost for _, cost in by_role["head"]]
     others = [cost for role in ("embedding", "bridge") for _, cost in by_role[role]]
     # Whole gradients that accumulate are freed as they are copied to be reduced, which adds their
@@ -180,6 +180,14 @@ def _moments(
         moments = _freeing(moments, by_role)
     pairs = [pair for each in by_role.values() for pair in each]
     return (*moments, _optimizer_moment(held, pairs))
+
+
+def _standing(chain: ChainCost, gradient_bytes: float) -> float:
+    """What of the kept gradients is there before any backward has ended."""
+    whole = chain.engine.gradient_bytes
+    if not whole or chain.layout.zero_stage >= 2:
+        return 0.0
+    return gradient_bytes * chain.engine.standing_gradient_bytes / whole
 
 
 def _freeing(

@@ -155,6 +155,7 @@ def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
         buffer_bytes=float(pending * tokens * sizes.hidden),
         # DDP's buckets keep the bf16 gradients beside their fp32 sum; alone there are none.
         gradient_bytes=6 if layout.data_ranks > 1 else 4,
+        standing_gradient_bytes=4,
         bucket_bytes=ZERO_BUCKET if layout.zero_stage else DDP_BUCKET,
         overlaps_data=layout.pipeline == 1 and layout.zero_stage == 0,
         exchange_wait_seconds=wait if layout.pipeline > 1 else 0.0,

@@ -102,7 +102,7 @@ def run_framework(row: Row) -> Framework:
     if "cuda_launch_blocking=1" in notes:
         engine = replace(engine, blocking=True)
     if "fp32 grad accum" in row.text("precision") and found.engine.gradient_bytes == 2:
-        engine = replace(engine, gradient_bytes=6, reduce_bytes=4)
+        engine = replace(engine, gradient_bytes=6, standing_gradient_bytes=4, reduce_bytes=4)
     if "pure" in row.text("precision"):
         engine = replace(engine, reduce_bytes=2)
     if "async tp" in notes or "asynctp" in notes:
