@@ -162,6 +162,8 @@ def test_layers_tell_their_scale_and_what_each_op_takes_beside_it() -> None:
     # Noise can make small layers faster than their ops; a call that gives time back does not exist.
     fit = fit_layers(ops, calls, [0.3e-3, 110e-3, 220e-3])
     assert fit == LayerFit(pytest.approx(330.3 / 300.5), 0.0, 3)  # type: ignore[arg-type]
+    fit = fit_layers([1.0, 2.0], [46.0, 101.0], [3.6e-3, 8.1e-3])  # launch 1e-4, but scale -1e-3
+    assert fit == LayerFit(pytest.approx(11.7e-3 / 3), 0.0, 2)  # type: ignore[arg-type]
     # A small layer that is off by half moves the scale by next to nothing.
     fit = fit_layers([*ops, 0.5e-3], [*calls, 46.0], [*took, took[0] / 2])
     assert fit.scale == pytest.approx(1.25, rel=0.01)

@@ -296,7 +296,7 @@ def fit_layers(
     weights = took.rsqrt()
     found = torch.linalg.lstsq((parts * weights).T, (took * weights)[:, None]).solution
     scale, launch = found[:, 0].tolist()
-    if launch < 0:  # noise: there is no such thing
+    if scale <= 0 or launch < 0:  # noise: there is no such thing
         scale, launch = sum(measured_seconds) / sum(ops_seconds), 0.0
     return LayerFit(scale, launch, len(took))
 
