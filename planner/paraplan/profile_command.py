@@ -141,10 +141,9 @@ def as_text(made: Profile) -> str:
             f" {one.error:+7.1%}{'  fitted' if one.task.fitted else ''}"
         )
     if scale is not None:
-        launch = made.cluster.device.host_launch_seconds.value
-        lines.append(
-            f"whole layers take {scale.value:.3f} x their ops alone, "
-            f"and {launch * 1e6:.1f} us for each launch"
-        )
+        lines.append(f"whole layers take {scale.value:.3f} x their ops alone")
+        if made.cluster.device.kind == "cpu":  # a GPU hides what it can
+            launch = made.cluster.device.host_launch_seconds.value
+            lines[-1] += f", and {launch * 1e6:.1f} us for each launch"
     lines.append(f"median error of layers that were not fitted: {made.test_error:.1%}")
     return "\n".join(lines)
