@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from paraplan.block_compute import block_compute
 from paraplan.cluster import Cluster
 from paraplan.device import Device
-from paraplan.graph import ModelGraph, attention_flops
+from paraplan.graph import Block, ModelGraph, attention_flops
 from paraplan.layout import Layout
 from paraplan.op_table import Dtype, MeasuredOp
 from paraplan.profile_tasks import AttentionTask, GemmTask, LayerTask, LinkTask, RateTask
@@ -255,17 +255,19 @@ def _link(link: dict[str, Any], made: Measurements) -> None:
 
 def predicted_layer_seconds(graph: ModelGraph, task: LayerTask, cluster: Cluster) -> float:
     """Forward and backward of the model's one layer."""
-    name = next(name for name, block in graph.blocks.items() if block.role == "layer")
     layout = Layout(micro_batch_size=task.sequences)
     device: Device = cluster.device
-    cost = block_compute(graph.blocks[name], layout, device=device, cluster=cluster)
+    cost = block_compute(_layer(graph), layout, device=device, cluster=cluster)
     return cost.forward.total + cost.backward.total
 
 
 def layer_calls(graph: ModelGraph) -> float:
     """Ops of a forward and a backward of the model's one layer."""
-    layer = next(block for block in graph.blocks.values() if block.role == "layer")
-    return sum(op.count for op in layer.variants[1].ops)
+    return sum(op.count for op in _layer(graph).variants[1].ops)
+
+
+def _layer(graph: ModelGraph) -> Block:
+    return next(block for block in graph.blocks.values() if block.role == "layer")
 
 
 class LayerFit(NamedTuple):
