@@ -21,8 +21,9 @@ class Engine:
         exchange_wait_seconds: the host waits for each step of a tensor exchange.
         gradient_bytes: of whole gradients kept through the step, for each parameter on the device
             (below ZeRO-2); None: as this project's runtime keeps them.
-        standing_gradient_bytes: of those, what is there before a backward has made any: sums in
-            one buffer that is made with the optimizer.
+        standing_gradient_bytes: of those, what is there before a backward has made any: Megatron-LM
+            makes the buffer of its gradients when it wraps the model, nanotron that of its fp32
+            sums (4 bytes: docs/accuracy.md, "nanotron's memory").
         buffer_bytes: for the pieces on their way, beside them.
         shards_context: context ranks share what the data ranks shard.
         bucket_bytes: gradients and parameters are exchanged in pieces of that size; 0: by block.

@@ -86,7 +86,7 @@ Report = Callable[[str, Timing], None]
 
 ROUNDS, QUICK_ROUNDS = 4, 2
 """All tasks are measured so often, one after the other, so that what disturbs the machine for some
-seconds disturbs one timing in three of a task, and not a whole corner of the grid. Quick ranks that
+seconds disturbs one of a task's timings, and not a whole corner of the grid. Quick ranks that
 share cores have time for one round."""
 
 BATCHES = 3
