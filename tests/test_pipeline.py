@@ -16,6 +16,7 @@ from paraplan.pipeline import (
     interleaved_seconds,
     one_f_one_b_seconds,
     pass_share,
+    waiting_share,
 )
 from paraplan.simulate import Pass, rank_passes
 from paraplan.stage_cost import in_flight
@@ -156,6 +157,9 @@ def test_stages_that_share_cores_compute_faster_while_others_wait(p: int, m: int
     if p > 2:
         assert share * alone == pytest.approx(expected)
     assert pass_share(layout, p, p) * alone == pytest.approx(3.0 * m)  # one core is never idle
+    busy = [min(i, m, p, m + p - i) for i in range(1, m + p)]
+    waiting = sum((k - 1) / (p - 1) for k in busy) / len(busy)
+    assert waiting_share(layout) == pytest.approx(waiting)
 
 
 def test_in_flight_counts_match_the_schedule() -> None:

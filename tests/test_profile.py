@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +17,7 @@ from paraplan.graph import Amount, Op
 from paraplan.link_table import MeasuredCollective, make_link_table
 from paraplan.op_times import op_seconds
 from paraplan.profile_result import (
+    HOST_FIGURES,
     LayerFit,
     Measurements,
     MemoryCall,
@@ -26,6 +29,7 @@ from paraplan.profile_result import (
 from paraplan.profile_tasks import (
     AttentionTask,
     GemmTask,
+    HostTask,
     LayerTask,
     LinkTask,
     RateTask,
@@ -195,7 +199,7 @@ def test_a_cpu_hides_no_launches() -> None:
 
 
 def test_ranks_that_wait_for_each_other_lose_the_lag(tmp_path: Any) -> None:
-    """Not a stage of one rank: it waits for others between micro-batches only."""
+    """All of it in a stage of several; of one, in the passes while other stages compute as well."""
     from paraplan import estimate
 
     cluster, made = made_cluster()
@@ -207,10 +211,78 @@ def test_ranks_that_wait_for_each_other_lose_the_lag(tmp_path: Any) -> None:
         for fix in ("data_replicate=2", "pipeline=2"):
             plan = estimate("gpt2", cluster=str(path), fix=fix, seq_len=128, global_batch=8)
             forward[fix, lag] = plan.stages[0].forward_seconds
-    assert forward["pipeline=2", 0.25] == forward["pipeline=2", 0.0]
+        passes = plan.layout.micro_batches
     assert forward["data_replicate=2", 0.25] == pytest.approx(
         1.25 * forward["data_replicate=2", 0.0]
     )
+    # Of N micro-batches on two stages, both compute in N - 1 of N + 1 times.
+    assert forward["pipeline=2", 0.25] == pytest.approx(
+        (1 + 0.25 * (passes - 1) / (passes + 1)) * forward["pipeline=2", 0.0]
+    )
+
+
+HOST_SECONDS = {
+    "update": 1e-3,
+    "sharded_update": 10e-3,
+    "full_recompute": 0.1e-3,
+    "selective_recompute": 0.3e-3,
+    "local": 7e-3,
+    "hooks": 4e-3,
+    "reduce": 2e-3,
+}
+
+
+@pytest.mark.parametrize("layout", ["data", "zero3", "tensor", "pipeline", "full", "selective"])
+def test_the_host_s_work_is_counted_by_parameter_group_and_op(layout: str) -> None:
+    """Of one block, with a profile that says it over one that does not."""
+    from small_graphs import small_graph
+
+    from paraplan.block_compute import block_compute
+    from paraplan.block_cost import block_cost
+    from paraplan.data_traffic import Numerics
+    from paraplan.layout import Layout
+
+    layouts = {
+        "data": Layout(data_replicate=2, micro_batches=4),
+        "zero3": Layout(data_shard=2, zero_stage=3, micro_batches=4),
+        "tensor": Layout(tensor=2),
+        "pipeline": Layout(pipeline=2, micro_batches=4, schedule="1f1b"),
+    }
+    chosen = layouts.get(layout, layouts["pipeline"])
+    block = next(block for block in small_graph().blocks.values() if block.role == "layer")
+    calls = sum(op.count for op in block.variants[1].ops if op.phase == "forward")
+    before, made = made_cluster()
+    tasks: dict[Any, Seconds] = {
+        HostTask(what): Seconds(HOST_SECONDS[what], 0.0) for what in HOST_FIGURES
+    }
+    after = measured_cluster(before, replace(made, tasks={**made.tasks, **tasks}))
+
+    def cost(cluster: Cluster) -> Any:
+        compute = block_compute(block, chosen, device=cluster.device, cluster=cluster)
+        return block_cost(
+            compute,
+            1000.0,
+            0.0,
+            chosen,
+            numerics=Numerics(4, 8.0),
+            device=cluster.device,
+            cluster=cluster,
+            trained_tensors=9,
+        )
+
+    less, more = cost(before), cost(after)
+    wrapped = layout in ("data", "zero3")
+    update = HOST_SECONDS["sharded_update" if wrapped or layout == "tensor" else "update"]
+    assert more.optimizer - less.optimizer == pytest.approx(9 * update)
+    once = HOST_SECONDS["reduce"] if layout == "data" else 0.0
+    assert more.per_step - less.per_step == pytest.approx(once, abs=1e-12)
+    mode: Any = layout if layout in ("full", "selective") else "none"
+    each = more.forward + more.backward[mode] - less.forward - less.backward[mode]
+    expected = HOST_SECONDS["hooks"] if wrapped else 0.0
+    expected += HOST_SECONDS["reduce"] if layout == "zero3" else 0.0
+    expected += 9 * HOST_SECONDS["local"] if layout == "tensor" else 0.0
+    expected += calls * HOST_SECONDS.get(f"{layout}_recompute", 0.0)
+    assert each == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_interval_of_a_measured_device_is_its_own(tmp_path: Any) -> None:
@@ -254,6 +326,7 @@ def test_real_processes_measure_together() -> None:
         LinkTask("reduce_scatter", 2, 4096),
         LinkTask("transfer", 2, 4096),
         RateTask("optimizer", 28 * 1000),
+        *(HostTask(what) for what in HOST_FIGURES),
     ]
     known: dict[str, Any] = {}
     facts = measure_on_ranks(tasks, RankSettings("cpu", 2, True, 1), known.__setitem__)
@@ -261,12 +334,13 @@ def test_real_processes_measure_together() -> None:
     assert all(timing.seconds > 0 for timing in known.values())
     # 64 times the arithmetic takes longer, whatever else the machine does.
     assert known[key_of(tasks[1])].seconds > known[key_of(tasks[0])].seconds
+    # So does an update by way of DTensor, five times or more in every run here.
+    updates = [known[key_of(HostTask(what))].seconds for what in ("update", "sharded_update")]
+    assert updates[1] > updates[0]
     assert facts.capacity_bytes > facts.framework_bytes > 0
 
 
 def test_layers_are_measured_while_ranks_wait_for_a_core() -> None:
-    from dataclasses import replace
-
     from paraplan.measure_ranks import RankSettings, key_of, measure_on_ranks
     from paraplan.profile_tasks import gpt2_config
 

@@ -104,7 +104,10 @@ def layer(graph: ModelGraph, degree: int = 1) -> BlockVariant:
 @pytest.mark.parametrize("name", preset_names())
 def test_parameter_counts_are_exact(name: str) -> None:
     graph = preset_graph(name)
-    counted = sum(p.numel() for p in meta_model(name).parameters())
+    tensors = list(meta_model(name).parameters())
+    counted = sum(p.numel() for p in tensors)
+    variants = [graph.blocks[item.block].variants[1] for item in graph.chain]
+    assert sum(one.trained_tensors for one in variants) == len(tensors)
     held = sum(graph.blocks[item.block].variants[1].parameters for item in graph.chain)
     assert graph.parameter_count == counted == held == PUBLISHED[name]
     assert graph.trainable_parameter_count == counted

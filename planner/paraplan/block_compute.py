@@ -6,7 +6,7 @@ layout of a family.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paraplan.cluster import Cluster
 from paraplan.collectives import collective_seconds, transfer_seconds
@@ -86,6 +86,11 @@ def block_compute(
         phase: steps * sum(c.phase == phase for c in variant.collectives)
         for phase in ("forward", "backward")
     }
+    calls = sum(op.count for op, _ in forward)
+    checkpointed = {
+        "selective": calls * device.rates.selective_recompute,
+        "full": calls * device.rates.full_recompute,
+    }
     reruns: dict[Recompute, Pass] = {"none": Pass()}
     for mode in RECOMPUTE_MODES[1:]:
         again = [(op, s) for op, s in forward if mode in op.reruns]
@@ -93,7 +98,7 @@ def block_compute(
             reruns[mode] = Pass()
             continue
         full = mode == "full"
-        reruns[mode] = _run(
+        rerun = _run(
             again,
             device,
             engine,
@@ -102,6 +107,7 @@ def block_compute(
             ring=ring if full else 0.0,
             expert=exchange if full else 0.0,
         )
+        reruns[mode] = replace(rerun, launch=rerun.launch + checkpointed[mode])
     saved = {m: _saved_bytes(variant, m, sequences, split) for m in RECOMPUTE_MODES}
     # Under sequence parallelism temporaries shrink with the activations they are made from; the
     # gradients of parameters, which do not depend on the tokens, stay.

@@ -26,7 +26,7 @@ from paraplan.engine import REDUCE_BYTES, RUNTIME, Engine
 from paraplan.graph import Recompute
 from paraplan.layout import Layout
 from paraplan.op_times import optimizer_seconds
-from paraplan.pipeline import pass_share
+from paraplan.pipeline import pass_share, waiting_share
 
 
 class Beside(NamedTuple):
@@ -100,12 +100,14 @@ def block_cost(
     device: Device,
     cluster: Cluster,
     engine: Engine = RUNTIME,
+    trained_tensors: int = 0,
     trainable: float = 1.0,
     expert_padding: float = 1.0,
 ) -> BlockCost:
     """Add the data-parallel ranks' part to a block.
 
     Args:
+        trained_tensors: that the parameters with gradients are in.
         trainable: share of the parameters that have gradients.
         expert_padding: what the experts take sharded, relative to what they are.
         parameters: elements on one tensor rank, experts included and not yet divided.
@@ -114,17 +116,30 @@ def block_cost(
     local = parameters - expert_parameters + expert_parameters / layout.expert
     # Alone and in fp32 there is nothing to cast, gather or reduce: the runtime leaves FSDP out.
     wrapped = numerics.compute != REDUCE_BYTES or layout.data_ranks * layout.context > 1
+    rates = device.rates
     copied = 0.0
     if engine.copies:
         copies = data_copies(layout, numerics.compute, trainable, wrapped=wrapped)
-        per_byte = local / device.rates.memory
+        per_byte = local / rates.memory * rates.whole_layer
         compute = _with_copies(compute, copies.forward * per_byte, copies.backward * per_byte)
         copied = (copies.first_forward + copies.last_backward) * per_byte
-    times = pass_share(layout, device.rates.ranks_per_core, device.rates.unshared_speedup)
-    if layout.devices > layout.pipeline:  # the stage's ranks wait for each other at every exchange
-        times *= 1 + device.rates.lag
+    if layout.tensor > 1:
+        shared = trained_tensors * rates.local
+        compute = _with_hooks(compute, shared / 2, shared / 2)
+    if wrapped and parameters:
+        reduced = rates.reduce if trained_tensors else 0.0
+        often = reduced if layout.zero_stage >= 2 else 0.0
+        compute = _with_hooks(compute, rates.hooks / 2, rates.hooks / 2 + often)
+        copied += reduced - often
+    # A stage's ranks wait for each other at every exchange, stages at every pass.
+    alike = layout.devices > layout.pipeline
+    late = 1 + rates.lag * (1.0 if alike else waiting_share(layout))
+    times = late * pass_share(layout, rates.ranks_per_core, rates.unshared_speedup)
     if times != 1:
         compute = _taking(compute, times)
+    updates = trained_tensors * (
+        rates.sharded_update if wrapped or layout.tensor > 1 else rates.update
+    )
     data = _data_times(
         compute,
         _data_traffic(
@@ -148,9 +163,10 @@ def block_cost(
         backward=data.backward,
         first_gather=data.first_gather,
         last_gather=data.last_gather,
-        per_step=data.per_step + copied,
+        per_step=data.per_step + copied * late,
         last_reduction=data.last_reduction,
-        optimizer=optimizer_seconds(trained * (12 + 2 * numerics.optimizer_state), device),
+        optimizer=late
+        * (updates + optimizer_seconds(trained * (12 + 2 * numerics.optimizer_state), device)),
         parameter_bytes=4 * owned,
         gradient_bytes=gradient_bytes,
         owned_gradient_bytes=4 * trained,
@@ -249,6 +265,18 @@ def _with_copies(compute: BlockCompute, forward: float, backward: float) -> Bloc
         compute,
         forward=replace(compute.forward, kernels=compute.forward.kernels + forward),
         backward=replace(compute.backward, kernels=compute.backward.kernels + backward),
+    )
+
+
+def _with_hooks(compute: BlockCompute, forward: float, backward: float) -> BlockCompute:
+    """The block with what DTensor and FSDP2's hooks take on the host, which nothing hides.
+
+    Only the sum of forward and backward was measured.
+    """
+    return replace(
+        compute,
+        forward=replace(compute.forward, launch=compute.forward.launch + forward),
+        backward=replace(compute.backward, launch=compute.backward.launch + backward),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -364,5 +365,16 @@ def _print_completion(shell: str) -> int:
     return 0
 
 
+def command() -> int:
+    """`main` as a process of its own, which ends as soon as it is done.
+
+    Where torch and transformers were imported, Python's last collection took 1.5 s (`plan profile`
+    on two virtual cores); it leaves out what is frozen.
+    """
+    code = main()
+    gc.freeze()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -175,6 +175,12 @@ class Rates:
         lag: by what share kernels take longer where ranks wait for the slowest.
         ranks_per_core: processes that share one; 1 where each has its own.
         unshared_speedup: how much faster a rank computes while those it shares with wait.
+        update, sharded_update: the host's seconds for each parameter the optimizer updates.
+        full_recompute, selective_recompute: its seconds for each op of the forward of a layer that
+            recomputes, beside running it again.
+        local: its seconds for each parameter that tensor ranks share, in each micro-batch.
+        hooks, reduce: its seconds for each group of FSDP2's, in each micro-batch, and in each
+            whose gradients are reduced.
     """
 
     floor: float
@@ -190,6 +196,17 @@ class Rates:
     lag: float
     ranks_per_core: float
     unshared_speedup: float
+    update: float
+    sharded_update: float
+    full_recompute: float
+    selective_recompute: float
+    local: float
+    hooks: float
+    reduce: float
+
+
+def _value(figure: Figure | None, default: float) -> float:
+    return default if figure is None else figure.value
 
 
 class Device(Frozen):
@@ -221,6 +238,13 @@ class Device(Frozen):
     lag_fraction: Figure | None = None
     ranks_per_core: Positive | None = None
     unshared_speedup: Positive | None = None
+    host_update_seconds: Figure | None = None
+    host_sharded_update_seconds: Figure | None = None
+    host_full_recompute_seconds: Figure | None = None
+    host_selective_recompute_seconds: Figure | None = None
+    host_local_seconds: Figure | None = None
+    host_hooks_seconds: Figure | None = None
+    host_reduce_seconds: Figure | None = None
     ops: tuple[MeasuredOp, ...] = ()
 
     @model_validator(mode="after")
@@ -242,7 +266,8 @@ class Device(Frozen):
     def rates(self) -> Rates:
         """The figures as plain numbers."""
         memory = self.memory_bandwidth_bytes_per_second.value
-        shared = 1.0 if self.ranks_per_core is None else self.ranks_per_core.value
+        shared = _value(self.ranks_per_core, 1.0)
+        update = _value(self.host_update_seconds, 0.0)
         return Rates(
             floor=self.kernel_floor_seconds.value,
             memory=memory * self.memory_efficiency.value,
@@ -253,12 +278,17 @@ class Device(Frozen):
             wave_loss=self.gemm.wave_loss.value,
             attention=self._attention_rates(),
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
-            whole_layer=1.0 if self.whole_layer_scale is None else self.whole_layer_scale.value,
-            lag=0.0 if self.lag_fraction is None else self.lag_fraction.value,
+            whole_layer=_value(self.whole_layer_scale, 1.0),
+            lag=_value(self.lag_fraction, 0.0),
             ranks_per_core=shared,
-            unshared_speedup=shared
-            if self.unshared_speedup is None
-            else self.unshared_speedup.value,
+            unshared_speedup=_value(self.unshared_speedup, shared),
+            update=update,
+            sharded_update=_value(self.host_sharded_update_seconds, update),
+            full_recompute=_value(self.host_full_recompute_seconds, 0.0),
+            selective_recompute=_value(self.host_selective_recompute_seconds, 0.0),
+            local=_value(self.host_local_seconds, 0.0),
+            hooks=_value(self.host_hooks_seconds, 0.0),
+            reduce=_value(self.host_reduce_seconds, 0.0),
         )
 
     def _attention_rates(self) -> AttentionRates:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 5
+FORMAT = 6
 """Raised whenever the meaning of a field changes, so that older cached graphs are rebuilt."""
 
 Recompute = Literal["none", "selective", "full"]
@@ -109,6 +109,7 @@ class BlockVariant(_Frozen):
         parameters: elements on this rank (a tied weight counts in the block that owns it).
         expert_parameters: those of ``parameters`` that expert parallelism divides.
         frozen_parameters: those without gradients.
+        trained_tensors: tensors that those with gradients are in; 0: not known.
         saved: what the forward keeps, by recompute mode.
         peak_bytes: most bytes alive at once during this block's forward and backward without
             recompute: saved activations, temporaries and the gradients of parameters made so far
@@ -123,6 +124,7 @@ class BlockVariant(_Frozen):
     parameters: int
     expert_parameters: int = 0
     frozen_parameters: int = 0
+    trained_tensors: int = 0
     saved: dict[Recompute, Saved]
     peak_bytes: tuple[Amount, ...]
     collectives: tuple[Collective, ...] = ()

@@ -22,10 +22,12 @@ from paraplan.measure_clock import (
     copies_beyond_cache,
     summary,
 )
+from paraplan.measure_host import measure_host
 from paraplan.models import model_of_config
 from paraplan.profile_tasks import (
     AttentionTask,
     GemmTask,
+    HostTask,
     LayerTask,
     LinkTask,
     RateTask,
@@ -100,6 +102,8 @@ def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
         whole = replace(task, alone=False)
         calls = bench.layers[whole] = bench.layers.get(whole) or _layer(task, bench)
         return bench.clock.time_alone(calls) if task.alone else bench.clock.time(calls)
+    if isinstance(task, HostTask):
+        return measure_host(task, bench.clock)
     return _rate(task, bench)
 
 

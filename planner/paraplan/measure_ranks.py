@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +23,12 @@ from paraplan.errors import InputError
 from paraplan.measure_calls import RecordedCall
 from paraplan.measure_clock import Clock, Timing
 from paraplan.measure_ops import Bench, RandomPool, measure
+from paraplan.measure_start import start_imports
 from paraplan.profile_tasks import Task
 
 BATCH_SECONDS, CORE_SHARE_SECONDS = 0.004, 0.03
 """Shortest batches; where processes share cores they span many of the scheduler's turns of 3 to
 4 ms, for which ``quick`` has no time."""
-
-PRELOADED = [
-    "paraplan.measure_ranks",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-]
-"""What ranks need, imported once for all of them."""
 
 _END_SECONDS = 20.0
 
@@ -72,15 +65,6 @@ def shared(settings: RankSettings) -> bool:
     return settings.kind == "cpu" and settings.ranks * settings.threads > available_cores()
 
 
-def start_imports() -> None:
-    """Let the process that ranks are forked from import what they need, beside the caller.
-
-    Called early it saves the wait for it; a second call changes nothing.
-    """
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
-
-
 Report = Callable[[str, Timing], None]
 """Called with a task's key and its timing as soon as there is one, each time it is measured."""
 
@@ -88,6 +72,7 @@ ROUNDS, QUICK_ROUNDS = 4, 2
 """All tasks are measured so often, one after the other, so that what disturbs the machine for some
 seconds disturbs one of a task's timings, and not a whole corner of the grid. Quick ranks that
 share cores have time for one round."""
+
 
 BATCHES = 3
 """Of each round; 2 with ``quick``."""

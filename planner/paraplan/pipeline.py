@@ -191,6 +191,19 @@ def pass_share(layout: Layout, ranks_per_core: float, unshared_speedup: float) -
     return sum(seconds(min(i, passes, p, times + 1 - i)) for i in range(1, times + 1)) / times
 
 
+def waiting_share(layout: Layout) -> float:
+    """What of ``lag_fraction`` the passes of a pipeline lose, whose stages move on in lock step.
+
+    The slowest of the k_i stages that compute at once (as in `pass_share`) decides when the next
+    passes begin; alone a stage waits for none, and in between it is taken as linear. As the k_i
+    add up to N p::
+
+        mean_i (k_i - 1) / (p - 1) = (N - 1) / (N + p - 1)
+    """
+    passes = layout.micro_batches * layout.virtual_stages
+    return (passes - 1) / (passes + layout.pipeline - 1) if layout.pipeline > 1 else 0.0
+
+
 def least_seconds(
     work: float, stages: int, micro_batches: int, virtual_stages: int, largest: float = 0.0
 ) -> float:

@@ -144,6 +144,7 @@ def chain_cost(problem: Problem, layout: Layout) -> ChainCost:
             device=problem.device,
             cluster=problem.cluster,
             engine=problem.engine,
+            trained_tensors=variant.trained_tensors,
             trainable=1 - variant.frozen_parameters / max(1, variant.parameters),
             expert_padding=_expert_padding(graph, layout),
         )

@@ -13,6 +13,7 @@ from typing import Literal
 
 from paraplan.errors import InputError
 from paraplan.files import write_atomically
+from paraplan.measure_start import start_imports
 from paraplan.models import resolve_model
 from paraplan.profiling import Done, Profile, profile_machine
 
@@ -57,6 +58,7 @@ def run_profile(options: argparse.Namespace) -> int:
         raise InputError(f"--output is {options.output!r}; a name that ends in .json is wanted")
     if options.gpus is not None and not 1 <= options.gpus <= 1024:
         raise InputError(f"--gpus is {options.gpus}; a number from 1 to 1024 is wanted")
+    start_imports()  # beside those of this process
     kind, there = _devices(options.device)
     ranks = options.gpus or (there if kind == "cuda" else 2)
     models = [(resolve_model(name), options.seq_len) for name in options.model]
@@ -75,12 +77,15 @@ def run_profile(options: argparse.Namespace) -> int:
 
 
 def _devices(wanted: str | None) -> tuple[Literal["cuda", "cpu"], int]:
+    if wanted == "cpu":
+        return "cpu", 0
+
     import torch
 
     there = torch.cuda.device_count()
     if wanted == "cuda" and not there:
         raise InputError("torch sees no GPU here", hint="--device cpu measures CPU processes")
-    return ("cuda", there) if there and wanted != "cpu" else ("cpu", there)
+    return ("cuda" if there else "cpu"), there
 
 
 @contextmanager

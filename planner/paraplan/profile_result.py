@@ -16,7 +16,14 @@ from paraplan.device import Device
 from paraplan.graph import Block, ModelGraph, attention_flops
 from paraplan.layout import Layout
 from paraplan.op_table import Dtype, MeasuredOp
-from paraplan.profile_tasks import AttentionTask, GemmTask, LayerTask, LinkTask, RateTask
+from paraplan.profile_tasks import (
+    AttentionTask,
+    GemmTask,
+    HostTask,
+    LayerTask,
+    LinkTask,
+    RateTask,
+)
 
 
 class Seconds(NamedTuple):
@@ -147,7 +154,25 @@ def _device(device: dict[str, Any], made: Measurements) -> None:
     if launch is not None:
         what = "eager calls in a row, the device behind"
         device["host_launch_seconds"] = _figure(launch[1].seconds, made, what)
+    for task, timing in made.of(HostTask):
+        field, what = HOST_FIGURES[task.what]
+        device[field] = _figure(timing.seconds, made, what)
     device["ops"] = [op.model_dump(mode="json", exclude_defaults=True) for op in measured_ops(made)]
+
+
+HOST_FIGURES = {
+    "update": ("host_update_seconds", "AdamW on parameters of 8 elements"),
+    "full_recompute": ("host_full_recompute_seconds", "checkpointed ops on 4 x 8 elements"),
+    "selective_recompute": (
+        "host_selective_recompute_seconds",
+        "ops on 4 x 8 elements, checkpointed but for the products",
+    ),
+    "sharded_update": ("host_sharded_update_seconds", "AdamW on DTensors of 8 elements"),
+    "local": ("host_local_seconds", "DTensor.to_local() and its backward"),
+    "hooks": ("host_hooks_seconds", "FSDP2 over plain modules, 9 parameters in a group"),
+    "reduce": ("host_reduce_seconds", "FSDP2 with over without a reduction, on one rank"),
+}
+"""Field and source of what a `HostTask` gives."""
 
 
 def _rates_of_products(device: dict[str, Any], made: Measurements) -> None:

@@ -72,7 +72,30 @@ class RateTask:
     size_bytes: int
 
 
-Task = GemmTask | AttentionTask | LinkTask | LayerTask | RateTask
+@dataclass(frozen=True, slots=True)
+class HostTask:
+    """What training does on a CPU beside its kernels (`measure_host`).
+
+    Attributes:
+        what: the optimizer's update of one parameter, whole or sharded; what checkpointing adds to
+            each op of the forward, beside running it again; the way of one sharded parameter to the
+            tensor that a rank computes with, and back; FSDP2's hooks around one group of
+            parameters in one micro-batch, and what they take besides where its gradients are
+            reduced.
+    """
+
+    what: Literal[
+        "update",
+        "full_recompute",
+        "selective_recompute",
+        "sharded_update",
+        "local",
+        "hooks",
+        "reduce",
+    ]
+
+
+Task = GemmTask | AttentionTask | LinkTask | LayerTask | RateTask | HostTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +124,12 @@ def make_tasks(scope: Scope) -> list[Task]:
     if scope.kind == "cuda":
         tasks += [RateTask("launch", 4096)]
         tasks += [RateTask("host_to_device", 2**28), RateTask("device_to_host", 2**28)]
+    else:
+        tasks.append(HostTask("update"))
+        tasks += [HostTask("full_recompute"), HostTask("selective_recompute")]
+        if scope.ranks > 1:
+            tasks += [HostTask("sharded_update"), HostTask("local")]
+            tasks += [HostTask("hooks"), HostTask("reduce")]
     axis = _axis(scope)
     tasks += [GemmTask(scope.dtype, m, n, k) for m, n, k in product(axis, repeat=3)]
     other: Dtype = "float32" if scope.kind == "cuda" else "bfloat16"

@@ -27,6 +27,7 @@ from paraplan.cpu_ranks import available_cores
 from paraplan.device import load_device
 from paraplan.errors import InputError
 from paraplan.files import write_atomically
+from paraplan.measure_start import start_imports
 from paraplan.models import ModelSource, model_of_config
 from paraplan.op_table import Dtype
 from paraplan.profile_result import (
@@ -41,7 +42,15 @@ from paraplan.profile_result import (
     with_layers,
     with_speedup,
 )
-from paraplan.profile_tasks import LayerTask, LinkTask, RateTask, Scope, example_models, make_tasks
+from paraplan.profile_tasks import (
+    HostTask,
+    LayerTask,
+    LinkTask,
+    RateTask,
+    Scope,
+    example_models,
+    make_tasks,
+)
 from paraplan.trace_cache import model_graph, source_digest
 
 if TYPE_CHECKING:
@@ -53,10 +62,11 @@ SIZES_OF_A_NAME = 8
 """Sizes at which each memory-bound call is timed; half of them with --quick."""
 LAYERS_A_ROUND, QUICK_LAYERS_A_ROUND = 3, 2
 """How often whole layers are timed in each round."""
-QUICK_BEGUN_SECONDS = 3.5
-"""Quick profiles that begin to measure later have time for one round only: on a machine on which
-importing and recording took 4.3 s, two rounds had ended after 21 s (two virtual cores at 55 % of
-their speed, ``plan profile --device cpu --gpus 2 --quick``)."""
+QUICK_BEGUN_SECONDS = 5.0
+"""Quick profiles that begin to measure later have time for one round only, and for whole layers
+once where one is all they ever do. With two virtual cores at 55 % of their speed, importing and
+recording took 6 to 8 s instead of 3; two rounds of two processes had ended after 21 s
+(``plan profile --device cpu --gpus 2 --quick``), a round of four processes after 23."""
 SAVE_SECONDS = 2.0
 
 
@@ -120,6 +130,9 @@ def profile_machine(
     Raises:
         InputError: a device cannot be measured.
     """
+    began = time.perf_counter()
+    start_imports()  # ahead of our own
+
     from paraplan.measure_ranks import (
         QUICK_ROUNDS,
         ROUNDS,
@@ -127,11 +140,8 @@ def profile_machine(
         key_of,
         measure_on_ranks,
         shared,
-        start_imports,
     )
 
-    began = time.perf_counter()
-    start_imports()
     dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
     scope = Scope(kind, ranks, quick, dtype)
     base = base or _base(kind, ranks)
@@ -142,10 +152,13 @@ def profile_machine(
         fitted = [task for task in tasks if isinstance(task, LayerTask) and task.fitted]
         tasks += [replace(task, alone=True) for task in fitted]
     tasks = list(dict.fromkeys(tasks))
-    kept = _Kept(partial, _fingerprint(settings))
     rounds, often = (QUICK_ROUNDS, QUICK_LAYERS_A_ROUND) if quick else (ROUNDS, LAYERS_A_ROUND)
-    if quick and (shared(settings) or time.perf_counter() - began > QUICK_BEGUN_SECONDS):
+    late = time.perf_counter() - began > QUICK_BEGUN_SECONDS
+    if quick and (late or shared(settings)):
         rounds = 1
+    if quick and late and shared(settings):
+        often = 1
+    kept = _Kept(partial, _fingerprint(settings))
     schedule = _schedule(tasks, rounds, often)
     missing = _missing(schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of)
     of = len(schedule)
@@ -210,14 +223,14 @@ def _over_rounds(timings: Mapping[Any, Sequence[Sequence[float]]]) -> dict[Any, 
     What else the machine does makes now this, now that timing longer, and of all steps of a
     training the mean. So of an op the fastest round counts; of whole layers, which set the level
     for all ops, the medians, longer by what all their means exceed them; of exchanges the mean;
-    of rates, which nothing sets the level of, the median.
+    of rates and of the host's work, which nothing sets the level of, the median.
     """
     known = {}
     for task, rounds in timings.items():
         seconds, spreads, lags = zip(*rounds, strict=True)
         kind = type(task)
         middle: Callable[[Sequence[float]], float] = min
-        if kind in (LayerTask, RateTask):
+        if kind in (LayerTask, RateTask, HostTask):
             middle = median
         elif kind is LinkTask:
             middle = fmean

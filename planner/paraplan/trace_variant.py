@@ -210,6 +210,7 @@ def block_variant(
         ops=_ops(traced, reruns, degree),
         parameters=sum(two.parameters[name] for name in owned),
         frozen_parameters=sum(two.parameters[name] for name in owned if name in two.frozen),
+        trained_tensors=sum(name not in two.frozen for name in owned),
         expert_parameters=sum(two.parameters[name] for name in owned if name in expert),
         saved={
             mode: _saved(traced, numbers, _partial_sums(two) if mode == "selective" else set())
