@@ -92,6 +92,40 @@ def test_products_between_and_beyond_the_grid_take_the_measured_rate() -> None:
         assert found.seconds == pytest.approx(2.0 * m * n * k / GEMM_RATE, rel=1e-9)
 
 
+def test_attention_of_other_head_sizes_lies_between_those_measured() -> None:
+    cluster, made = made_cluster()
+    slow = {  # heads of 64 at half the rate
+        task: timing._replace(seconds=2 * timing.seconds)
+        for task, timing in made.of(AttentionTask)
+        if task.dims[5] == 64
+    }
+    device = measured_cluster(cluster, replace(made, tasks={**made.tasks, **slow})).device
+
+    def rate(size: int) -> tuple[float, str]:
+        dims = tuple(Amount(n) for n in (1, 4, 4, 300, 300, size, size))
+        op = Op(name="", kind="attention", phase="forward", dtype="float32", dims=dims, causal=True)
+        found = op_seconds(op, 1, device)
+        return 300 * 301 * 2 * 4 * size / found.seconds, found.basis
+
+    assert rate(32) == (pytest.approx(GEMM_RATE), "interpolated")
+    assert rate(64) == (pytest.approx(GEMM_RATE / 2), "interpolated")
+    # Halfway between 32 and 64 in log space, halfway between the rates in log space.
+    assert rate(45) == (pytest.approx(GEMM_RATE * 2 ** -math.log2(45 / 32)), "interpolated")
+    assert rate(256)[1] == "modelled"
+
+
+def test_a_quick_profile_takes_attention_s_rates_from_its_longest() -> None:
+    scope = Scope("cpu", 2, quick=True, dtype="float32")
+    cluster, made = made_cluster()
+    tasks = {t: made_timing(t) for t in make_tasks(scope) if isinstance(t, AttentionTask)}
+    shortest = min(t.dims[4] for t in tasks)
+    slow = {t: s._replace(seconds=4 * s.seconds) for t, s in tasks.items() if t.dims[4] == shortest}
+    others = {t: s for t, s in made.tasks.items() if not isinstance(t, AttentionTask)}
+    device = measured_cluster(cluster, replace(made, tasks={**others, **tasks, **slow})).device
+    for rate in device.attention[0].rates:
+        assert rate.forward_efficiency.value == pytest.approx(1.0)
+
+
 def test_what_was_not_measured_keeps_its_basis() -> None:
     cluster, _ = made_cluster()
     device = cluster.device

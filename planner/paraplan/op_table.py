@@ -7,7 +7,7 @@ seconds, and in log space: over a grid of (m, n, k) they change slowly where sec
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import exp, log
@@ -117,14 +117,24 @@ class MeasuredTable:
     Attributes:
         exact: seconds by `key`.
         grids: single matrix products by dtype.
-        attention: FLOP/s over the length, by (phase, dtype, head size, causal).
+        attention: FLOP/s over the length, by (phase, dtype, causal) and head size.
         memory: bytes per second over bytes, by (name, dtype).
     """
 
     exact: dict[Key, float] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
-    attention: dict[Key, Curve] = field(default_factory=dict)
+    attention: dict[Key, dict[int, Curve]] = field(default_factory=dict)
     memory: dict[Key, Curve] = field(default_factory=dict)
+
+    def attention_rate(
+        self, phase: str, dtype: str, causal: bool, head_size: float, length: float
+    ) -> float | None:
+        """Interpolated FLOP/s; None for shorter lengths or other head sizes than were measured."""
+        curves = self.attention.get((phase, dtype, causal), {})
+        rates = {size: rate for size, c in curves.items() if (rate := c.at(length)) is not None}
+        if not rates or not min(rates) <= head_size <= max(rates):
+            return None
+        return _curve(rates).at(head_size)
 
 
 def make_table(ops: Iterable[MeasuredOp], attention_flops: dict[int, float]) -> MeasuredTable:
@@ -136,7 +146,7 @@ def make_table(ops: Iterable[MeasuredOp], attention_flops: dict[int, float]) -> 
     """
     table = MeasuredTable()
     products: dict[str, dict[tuple[int, int, int], float]] = {}
-    attention: dict[Key, dict[int, tuple[float, float]]] = {}
+    attention: dict[tuple[str, str, int, bool], dict[int, tuple[float, float]]] = {}
     memory: dict[Key, dict[int, float]] = {}
     for position, op in enumerate(ops):
         sizes = (op.size_bytes,) if op.kind == "memory" else op.dims
@@ -148,10 +158,10 @@ def make_table(ops: Iterable[MeasuredOp], attention_flops: dict[int, float]) -> 
             products.setdefault(op.dtype, {})[m, n, k] = 2.0 * m * n * k / op.seconds
         elif op.kind == "attention" and position in attention_flops and op.window is None:
             flops = attention_flops[position]
-            curve = attention.setdefault((op.phase, op.dtype, op.dims[5], op.causal), {})
+            lengths = attention.setdefault((op.phase, op.dtype, op.dims[5], op.causal), {})
             # Of several batch sizes at one length the largest says most about the rate.
-            if flops > curve.get(op.dims[4], (0.0, 0.0))[0]:
-                curve[op.dims[4]] = (flops, flops / op.seconds)
+            if flops > lengths.get(op.dims[4], (0.0, 0.0))[0]:
+                lengths[op.dims[4]] = (flops, flops / op.seconds)
         elif op.kind == "memory" and op.size_bytes:
             rate = op.size_bytes / op.seconds
             memory.setdefault((op.name, op.dtype), {})[op.size_bytes] = rate
@@ -162,9 +172,10 @@ def make_table(ops: Iterable[MeasuredOp], attention_flops: dict[int, float]) -> 
             if all(len({shape[i] for shape in rates}) > 1 for i in range(3))
         }
     )
-    for name, points in attention.items():
+    for (phase, dtype, size, causal), points in attention.items():
         if len(points) > 1:
-            table.attention[name] = _curve({size: rate for size, (_, rate) in points.items()})
+            curve = _curve({length: rate for length, (_, rate) in points.items()})
+            table.attention.setdefault((phase, dtype, causal), {})[size] = curve
     table.memory.update({k: _curve(points) for k, points in memory.items() if len(points) > 1})
     return table
 
@@ -186,7 +197,7 @@ def key(
     return kind, dtype, tuple(sizes)
 
 
-def _curve(points: dict[int, float]) -> Curve:
+def _curve(points: Mapping[int, float]) -> Curve:
     sizes = sorted(points)
     return Curve(tuple(log(s) for s in sizes), tuple(log(points[s]) for s in sizes))
 

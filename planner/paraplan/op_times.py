@@ -157,8 +157,7 @@ def _measured_compute(
         flops = 2.0 * dims[1] * dims[2] * dims[3]
         rate = table.grids[op.dtype].rate(dims[1], dims[2], dims[3])
     elif op.kind == "attention" and op.window is None and dims[3] == dims[4]:
-        curve = table.attention.get((op.phase, op.dtype, dims[5], op.causal))
-        rate = curve.at(dims[4]) if curve is not None else None
+        rate = table.attention_rate(op.phase, op.dtype, op.causal, dims[5], dims[4])
         flops = attention_flops(dims, causal=op.causal, window=None, phase=op.phase)
     if rate is None:
         return None

@@ -206,15 +206,15 @@ def _rates_of_memory(device: dict[str, Any], made: Measurements) -> None:
 
 
 def _rates_of_attention(device: dict[str, Any], made: Measurements) -> None:
-    """Of each head size the rate at the longest length, by what computes it."""
-    longest: dict[tuple[str, int, str], tuple[int, float]] = {}
+    """Of each head size the rate at the longest length, without a mask if there is one."""
+    longest: dict[tuple[str, int, str], tuple[tuple[bool, int], float]] = {}
     for task, timing in made.of(AttentionTask):
         keys, size = task.dims[4:6]
         flops = attention_flops(task.dims, causal=task.causal, window=None, phase=task.phase)
         rate = flops / timing.seconds
         name = (task.implementation, size, task.phase)
-        if keys >= longest.get(name, (0, 0.0))[0] and (not task.causal or name not in longest):
-            longest[name] = (keys, rate)
+        if (not task.causal, keys) >= longest.get(name, ((False, 0), 0.0))[0]:
+            longest[name] = ((not task.causal, keys), rate)
     peak = device["peak_flops_per_second"][made.dtype]["value"]
     kept = dict(device["attention"][0])
     found = []
