@@ -210,11 +210,12 @@ def test_sums_of_gradients_stand_before_a_backward_has_made_any(
 
 def test_a_crowded_device_waits_at_every_transfer() -> None:
     cells = {"source": "nanotron", "pp": "4", "dp": "1", "micro_batch": "2"}
-    for needed, wanted in ((80e9, 0.0), (81e9, 0.265 * (4 * 8 + 2 * 2))):
+    waits = 0.265 * (4 * 8 + 2 * 2)
+    for nodes, needed, wanted in ((63, 80e9, 0.0), (1, 81e9, waits), (64, 1e9, waits)):
         made = row(**cells)
         framework = sizes_of(made).framework
-        assert crowded_seconds(made, framework, needed, 80e9) == pytest.approx(wanted)
-    assert crowded_seconds(row(), sizes_of(row()).framework, 81e9, 80e9) == 0.0
+        assert crowded_seconds(made, framework, nodes, needed, 80e9) == pytest.approx(wanted)
+    assert crowded_seconds(row(), sizes_of(row()).framework, 64, 81e9, 80e9) == 0.0
     heavy = cells | {"seq_len": "8192", "micro_batch": "16", "global_batch": "256"}
     found = predict(row(**heavy))
     assert not found.fits and found.predicted_s > 0.265 * (4 * 16 + 2 * 2)

@@ -8,6 +8,7 @@ is: eager torch with FSDP2. Nothing here names a model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,6 +44,7 @@ class Framework:
         balanced: stages are cut by cost, else by number of layers.
         crowded_wait_seconds: of each pipeline transfer in a run that needs more than its devices
             have: for its buffer the allocator returns memory and waits for the device.
+        crowded_nodes: from how many nodes on every run's transfers wait so, full devices or not.
         waits: its tensor exchanges wait, step by step, for the network between nodes once a
             pipeline's transfers are under way on it.
         engine: how it exchanges.
@@ -65,6 +67,7 @@ class Framework:
     pending_bytes: tuple[int, int] = (0, 0)
     balanced: bool = False
     crowded_wait_seconds: float = 0.0
+    crowded_nodes: float = math.inf
     waits: bool = False
     engine: Engine = RUNTIME
 
@@ -82,7 +85,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
         keeps_scattered=True,
         pending_bytes=(64, 8),  # both: docs/accuracy.md, "nanotron's memory"
         balanced=True,
-        crowded_wait_seconds=0.265,  # docs/accuracy.md, "Two modes of nanotron"
+        crowded_wait_seconds=0.265,  # both: docs/accuracy.md, "Two modes of nanotron"
+        crowded_nodes=64,
         waits=True,
         engine=Engine(copies=False),  # the rest by layout: `validate_layout.engine_of`
     ),

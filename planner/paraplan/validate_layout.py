@@ -172,10 +172,10 @@ def transfers_of(row: Row) -> int:
 
 
 def crowded_seconds(
-    row: Row, framework: Framework, needed_bytes: float, capacity_bytes: float
+    row: Row, framework: Framework, nodes: int, needed_bytes: float, capacity_bytes: float
 ) -> float:
-    """What a step takes longer because the fullest device cannot hold what it needs."""
-    if needed_bytes <= capacity_bytes:
+    """What a step takes longer where the fullest device or the network is crowded."""
+    if needed_bytes <= capacity_bytes and nodes < framework.crowded_nodes:
         return 0.0
     return framework.crowded_wait_seconds * transfers_of(row)
 

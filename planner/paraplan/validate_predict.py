@@ -111,7 +111,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     assert found is not None, "forced costs always exist"
     needed = max(stage.memory_bytes for stage in found.stages)
     capacity = device.memory_capacity_bytes.value
-    waits = crowded_seconds(row, sizes.framework, needed, capacity)
+    waits = crowded_seconds(row, sizes.framework, cluster.nodes, needed, capacity)
     layers = range(1, sizes.layers + 1)
     computing = computing_share(chain, dict.fromkeys(layers, modes_of(row)[0]), found.step_seconds)
     return Prediction(
