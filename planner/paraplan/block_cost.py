@@ -126,7 +126,7 @@ def block_cost(
     if layout.tensor > 1:
         shared = trained_tensors * rates.local
         compute = _with_hooks(compute, shared / 2, shared / 2)
-    if wrapped and parameters:
+    if wrapped and parameters and engine.copies:  # FSDP2, as the runtime has it
         reduced = rates.reduce if trained_tensors else 0.0
         often = reduced if layout.zero_stage >= 2 else 0.0
         compute = _with_hooks(compute, rates.hooks / 2, rates.hooks / 2 + often)

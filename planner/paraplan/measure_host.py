@@ -3,9 +3,9 @@
 The optimizer updates one parameter after the other, through DTensor where they are sharded;
 checkpointing packs and unpacks whatever its ops save, or looks at every one of them; tensor ranks
 take their part out of each DTensor and make a DTensor of its gradient; and FSDP2's hooks gather,
-free and reduce each group of parameters. On a GPU the host does it ahead of
-the device; a CPU is both, so that it is part of the step. Parameters here are of a few elements and
-each rank shards them over itself alone: what is timed is neither bytes nor exchanges.
+free and reduce each group of parameters. On a GPU the host does it ahead of the device; a CPU is
+both, so that it is part of the step. Parameters here are of a few elements and each rank shards
+them over itself alone: what is timed is neither bytes nor exchanges.
 """
 
 from __future__ import annotations

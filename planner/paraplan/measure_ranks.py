@@ -73,7 +73,6 @@ ROUNDS, QUICK_ROUNDS = 4, 2
 seconds disturbs one of a task's timings, and not a whole corner of the grid. Quick ranks that
 share cores have time for one round."""
 
-
 BATCHES = 3
 """Of each round; 2 with ``quick``."""
 
