@@ -169,7 +169,7 @@ HOST_FIGURES = {
     ),
     "sharded_update": ("host_sharded_update_seconds", "AdamW on DTensors of 8 elements"),
     "local": ("host_local_seconds", "DTensor.to_local() and its backward"),
-    "hooks": ("host_hooks_seconds", "FSDP2 over plain modules, 9 parameters in a group"),
+    "hooks": ("host_hooks_seconds", "FSDP2 over plain modules, for a group of parameters"),
     "reduce": ("host_reduce_seconds", "FSDP2 with over without a reduction, on one rank"),
 }
 """Field and source of what a `HostTask` gives."""
