@@ -43,11 +43,29 @@ def collective_seconds(kind: Kind, message_bytes: float, group: Group, cluster: 
     near = cluster.link_inside.speeds
     if per_node >= size:
         table = cluster.link_inside.table
-        measured = None if table is None else table.seconds(kind, size, message_bytes)
+        measured = None if table is None else table.seconds(kind, size, None, message_bytes)
         if measured is not None:
             return measured
-        return _inside_seconds(kind, message_bytes, size, near)
+        return inside_seconds(kind, message_bytes, size, near)
     far = cluster.link_between.speeds
+    modelled = between_seconds(kind, message_bytes, group, near, far)
+    table = cluster.link_between.table
+    nearest = None if table is None else table.nearest(kind, size, per_node)
+    if table is None or nearest is None:
+        return modelled
+    measured = table.seconds(kind, nearest, per_node, message_bytes)
+    if measured is None:
+        return modelled
+    # Of other numbers of nodes than the measured one the formula says how much more they take.
+    alike = Group(nearest, per_node)
+    return measured * (modelled / between_seconds(kind, message_bytes, alike, near, far))
+
+
+def between_seconds(
+    kind: Kind, message_bytes: float, group: Group, near: LinkSpeeds, far: LinkSpeeds
+) -> float:
+    """A group of several nodes, by the formula."""
+    size, per_node = group
     if kind == "all_to_all":
         return _exchange_seconds(message_bytes, size, per_node, near, far)
     nodes = size // per_node
@@ -59,8 +77,8 @@ def collective_seconds(kind: Kind, message_bytes: float, group: Group, cluster: 
     return far.start + moved + ring
 
 
-def _inside_seconds(kind: Kind, message_bytes: float, size: int, link: LinkSpeeds) -> float:
-    """A group within one node."""
+def inside_seconds(kind: Kind, message_bytes: float, size: int, link: LinkSpeeds) -> float:
+    """A group within one node, by the formula."""
     moved = message_bytes * (size - 1) / size
     steps = (size - 1) * link.latency
     if kind == "all_to_all":
@@ -109,7 +127,8 @@ def transfer_seconds(message_bytes: float, *, between_nodes: bool, cluster: Clus
     """Seconds of one message from a device to its neighbour in a pipeline."""
     chosen = cluster.link_between if between_nodes else cluster.link_inside
     if chosen.table is not None:
-        measured = chosen.table.seconds("transfer", 2, message_bytes)
+        per_node = 1 if between_nodes else None
+        measured = chosen.table.seconds("transfer", 2, per_node, message_bytes)
         if measured is not None:
             return measured
     link = chosen.speeds

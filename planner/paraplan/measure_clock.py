@@ -62,7 +62,8 @@ class Clock:
         batch_seconds: shortest batch.
         batches: timed after the calls that warm up.
         group: gloo group over which ranks agree; None for a single rank.
-        cores: ranks that can compute without sharing a core; None: all.
+        alone: ranks that compute while the others wait, so that none of them shares a core;
+            None: all.
         shared_batch_seconds: shortest batch where all ranks compute though they share cores; it
             has to span many of the scheduler's turns.
     """
@@ -71,7 +72,7 @@ class Clock:
     batch_seconds: float
     batches: int
     group: dist.ProcessGroup | None = None
-    cores: int | None = None
+    alone: tuple[int, ...] | None = None
     shared_batch_seconds: float = 0.0
 
     def time(self, calls: Sequence[Call], *, collective: bool = False) -> Timing:
@@ -82,17 +83,17 @@ class Clock:
                 it, which where they share cores takes longer than most calls.
         """
         agreed = self._slowest if collective else float
-        shortest = self.batch_seconds if self.cores is None else self.shared_batch_seconds
+        shortest = self.batch_seconds if self.alone is None else self.shared_batch_seconds
         return together(self._of_all(self._batches(calls, shortest, agreed)))
 
     def time_alone(self, calls: Sequence[Call]) -> Timing:
         """Time calls while no more ranks make them than have a core each; the others wait."""
         seconds = []
-        if self.cores is None or self.group is None or dist.get_rank(self.group) < self.cores:
+        if self.alone is None or self.group is None or dist.get_rank(self.group) in self.alone:
             seconds = self._batches(calls, self.batch_seconds, float)
         else:
             self.wait_for_all()
-        return together(self._of_all(seconds, self.cores))
+        return together(self._of_all(seconds, self.alone))
 
     def time_waiting(self, call: Call, work: Call) -> Timing:
         """Time a call in which CPU ranks wait for each other, each time after computing ``work``.
@@ -163,16 +164,19 @@ class Clock:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return float(values.mean())
 
-    def _of_all(self, seconds: Sequence[float], ranks: int | None = None) -> list[list[float]]:
-        """Batches of all (the first) ranks; as many as the rank has that made fewest."""
+    def _of_all(
+        self, seconds: Sequence[float], ranks: Sequence[int] | None = None
+    ) -> list[list[float]]:
+        """Batches of all (of these) ranks; as many as the rank has that made fewest."""
         if self.group is None:
             return [list(seconds)]
         own = torch.full((self.batches * CALLS_OF_A_BATCH,), math.nan, dtype=torch.float64)
         own[: len(seconds)] = torch.tensor(seconds, dtype=torch.float64)
         found = torch.empty(dist.get_world_size(self.group), own.numel(), dtype=torch.float64)
         dist.all_gather(list(found), own, group=self.group)
-        least = int((~found[:ranks].isnan()).sum(1).min())
-        return [one[:least] for one in found[:ranks].tolist()]
+        chosen = found if ranks is None else found[list(ranks)]
+        least = int((~chosen.isnan()).sum(1).min())
+        return [one[:least] for one in chosen.tolist()]
 
 
 def together(of_all: Sequence[Sequence[float]]) -> Timing:

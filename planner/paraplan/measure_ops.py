@@ -43,6 +43,10 @@ MOST_LAYER_COPIES = 3
 """A layer's own weights and activations push its input out of the cache already."""
 
 
+Shape = tuple[int, int | None]
+"""Ranks of a group, and those of each node; None where one node has all."""
+
+
 class RandomPool:
     """Random numbers that operands are cut from; to draw them anew takes longer than to measure."""
 
@@ -70,13 +74,13 @@ class Bench:
     """What measurements need.
 
     Attributes:
-        links: groups of ranks by size, each with this rank in it.
+        links: groups of ranks by shape (ranks, per node), each with this rank in it.
         layers: calls of whole layers, which are timed several times, as they were built first.
     """
 
     clock: Clock
     random: RandomPool
-    links: dict[int, dist.ProcessGroup] = field(default_factory=dict)
+    links: dict[Shape, dist.ProcessGroup] = field(default_factory=dict)
     layers: dict[LayerTask, list[Call]] = field(default_factory=dict)
 
     @property
@@ -177,7 +181,7 @@ def _attention(task: AttentionTask, bench: Bench) -> Timing:
 
 
 def _link(task: LinkTask, bench: Bench) -> Timing:
-    group = bench.links[task.ranks]
+    group = bench.links[task.ranks, task.per_node]
     elements = max(task.ranks, task.message_bytes // 4 // task.ranks * task.ranks)
     whole = torch.randn(elements, device=bench.device)
     part = torch.randn(elements // task.ranks, device=bench.device)

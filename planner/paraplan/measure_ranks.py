@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from paraplan.cpu_ranks import available_cores, keep_freed_memory
 from paraplan.errors import InputError
 from paraplan.measure_calls import RecordedCall
 from paraplan.measure_clock import Clock, Timing
-from paraplan.measure_ops import Bench, RandomPool, measure
+from paraplan.measure_nodes import Meeting, connect
+from paraplan.measure_ops import Bench, RandomPool, Shape, measure
 from paraplan.measure_start import start_imports
-from paraplan.profile_tasks import Task
+from paraplan.profile_tasks import Task, link_groups
 
 BATCH_SECONDS, CORE_SHARE_SECONDS = 0.004, 0.03
 """Shortest batches; where processes share cores they span many of the scheduler's turns of 3 to
@@ -58,11 +60,32 @@ class RankSettings:
     ranks: int
     quick: bool
     threads: int
+    nodes: int = 1
+
+    @property
+    def per_node(self) -> int:
+        """Ranks of each machine."""
+        return self.ranks // self.nodes
 
 
 def shared(settings: RankSettings) -> bool:
     """Whether ranks share cores."""
-    return settings.kind == "cpu" and settings.ranks * settings.threads > available_cores()
+    return settings.kind == "cpu" and settings.per_node * settings.threads > available_cores()
+
+
+class _Place(NamedTuple):
+    """Where a rank is, and where it meets the others.
+
+    Attributes:
+        local: its number on its machine.
+        folder: for the ranks of one machine; with several there is an ``endpoint``.
+    """
+
+    local: int
+    folder: str
+    node: int = 0
+    endpoint: tuple[str, int] | None = None
+    interface: str | None = "lo"
 
 
 Report = Callable[[str, Timing], None]
@@ -78,9 +101,15 @@ BATCHES = 3
 
 
 def measure_on_ranks(
-    tasks: Sequence[Task | RecordedCall], settings: RankSettings, report: Report
+    tasks: Sequence[Task | RecordedCall],
+    settings: RankSettings,
+    report: Report,
+    meeting: Meeting | None = None,
 ) -> Facts:
     """Measure the tasks on all devices at once, in their order; one may come several times.
+
+    Args:
+        meeting: with the other machines, which call this for the same tasks.
 
     Raises:
         InputError: a rank failed; with its own message.
@@ -90,11 +119,17 @@ def measure_on_ranks(
     start_imports()
     here, there = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="paraplan-") as folder:
+        places = [_Place(local, folder) for local in range(settings.per_node)]
+        if meeting is not None:
+            places = [
+                place._replace(
+                    node=meeting.node, endpoint=meeting.endpoint, interface=meeting.interface
+                )
+                for place in places
+            ]
         processes = [
-            context.Process(
-                target=_rank, args=(rank, settings, tuple(tasks), folder, there), daemon=True
-            )
-            for rank in range(settings.ranks)
+            context.Process(target=_rank, args=(place, settings, tuple(tasks), there), daemon=True)
+            for place in places
         ]
         for process in processes:
             process.start()
@@ -136,68 +171,83 @@ def key_of(task: Task | RecordedCall) -> str:
 
 
 def _rank(
-    rank: int,
+    place: _Place,
     settings: RankSettings,
     tasks: tuple[Task | RecordedCall, ...],
-    folder: str,
     there: Connection,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends the ranks
     try:
-        bench = _join(rank, settings, folder)
-        if rank == 0:
-            there.send(_facts(bench.device, settings.ranks))
+        bench = _join(place, settings)
+        if place.local == 0:
+            there.send(_facts(bench.device, settings.per_node))
         for task in tasks:
             timing = measure(task, bench)
-            if rank == 0:
+            if place.local == 0:
                 there.send((key_of(task), timing))
         bench.clock.wait_for_all()
-        if rank == 0:
+        if place.local == 0:
             there.send("done")
     except Exception as error:
         there.send(f"{type(error).__name__}: {error}; {traceback.format_exc()[-600:]}")
         os._exit(1)  # the others wait in a collective: whoever reads the message ends them
 
 
-def _join(rank: int, settings: RankSettings, folder: str) -> Bench:
+def _join(place: _Place, settings: RankSettings) -> Bench:
     torch.set_num_threads(settings.threads)
+    rank = place.node * settings.per_node + place.local
     torch.manual_seed(rank)
-    device = torch.device("cuda", rank) if settings.kind == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", place.local) if settings.kind == "cuda" else torch.device("cpu")
     if settings.kind == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     agree = None
-    links: dict[int, dist.ProcessGroup] = {}
+    links: dict[Shape, dist.ProcessGroup] = {}
     if settings.ranks > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "nccl" if settings.kind == "cuda" else "gloo"
+        if place.interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", place.interface)
         dist.init_process_group(
-            backend,
-            init_method=f"file://{folder}/store",
+            "nccl" if settings.kind == "cuda" else "gloo",
+            store=_store(place),
             rank=rank,
             world_size=settings.ranks,
             timeout=timedelta(seconds=120),
         )
         agree = dist.new_group(backend="gloo")
-        sizes = [n for n in range(2, settings.ranks + 1) if settings.ranks % n == 0]
-        links = {n: _group(rank, n, settings.ranks) for n in sizes}
+        shapes = link_groups(settings.ranks, settings.nodes)
+        links = {shape: _group(rank, shape, settings) for shape in shapes}
     batches = BATCHES - settings.quick
     clock = Clock(device, BATCH_SECONDS, batches, agree)
     if shared(settings):
         cores = max(1, available_cores() // settings.threads)
+        first = tuple(i for i in range(settings.ranks) if i % settings.per_node < cores)
         shortest = BATCH_SECONDS if settings.quick else CORE_SHARE_SECONDS
-        clock = replace(clock, cores=cores, shared_batch_seconds=shortest)
+        clock = replace(clock, alone=first, shared_batch_seconds=shortest)
     return Bench(clock, RandomPool(device), links)
 
 
-def _group(rank: int, size: int, ranks: int) -> Any:
-    """The group of ``size`` neighbours that this rank is in; all ranks make all groups."""
+def _store(place: _Place) -> Store:
+    if place.endpoint is None:
+        return FileStore(f"{place.folder}/store")
+    return PrefixStore("ranks", connect(place.endpoint))
+
+
+def _group(rank: int, shape: Shape, settings: RankSettings) -> Any:
+    """The group of that shape that this rank is in; all ranks make all groups."""
+    size, each = shape
+    per_node = settings.per_node
+    nodes, each = (1, size) if each is None else (size // each, each)
     mine = None
-    for first in range(0, ranks - size + 1, size):
-        group = dist.new_group(list(range(first, first + size)))
-        if first <= rank < first + size:
-            mine = group
+    for node in range(0, settings.nodes, nodes):
+        for first in range(0, per_node, each):
+            members = [
+                other * per_node + local
+                for other in range(node, node + nodes)
+                for local in range(first, first + each)
+            ]
+            group = dist.new_group(members)
+            mine = group if rank in members else mine
     return mine
 
 

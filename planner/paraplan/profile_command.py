@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from paraplan.errors import InputError
 from paraplan.files import write_atomically
 from paraplan.measure_start import start_imports
-from paraplan.models import resolve_model
-from paraplan.profiling import Done, Profile, profile_machine
+from paraplan.models import ModelSource, resolve_model
+from paraplan.profiling import Done, Profile, measure_beside, profile_machine
+
+if TYPE_CHECKING:
+    from paraplan.measure_nodes import Meeting
 
 UNSTABLE = 0.2
 """Median spread of the timings from which on something else must be using the device."""
@@ -32,8 +35,14 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus",
         type=int,
         metavar="N",
-        help="devices, or CPU processes, that compute at once: as many as will train "
-        "(default: all GPUs, or 2 processes)",
+        help="devices, or CPU processes, that compute at once, on all machines: as many as will "
+        "train (default: all GPUs, or 2 processes on each machine)",
+    )
+    add("--nnodes", type=int, default=1, metavar="N", help="machines that measure together")
+    add(
+        "--endpoint",
+        metavar="HOST:PORT",
+        help="where they meet: one of them, which writes the profile, and a free port",
     )
     add("--quick", action="store_true", help="fewer sizes, for a first plan")
     add(
@@ -58,14 +67,60 @@ def run_profile(options: argparse.Namespace) -> int:
         raise InputError(f"--output is {options.output!r}; a name that ends in .json is wanted")
     if options.gpus is not None and not 1 <= options.gpus <= 1024:
         raise InputError(f"--gpus is {options.gpus}; a number from 1 to 1024 is wanted")
+    _check_machines(options)
     start_imports()  # beside those of this process
     kind, there = _devices(options.device)
-    ranks = options.gpus or (there if kind == "cuda" else 2)
+    ranks = options.gpus or options.nnodes * (there if kind == "cuda" else 2)
     models = [(resolve_model(name), options.seq_len) for name in options.model]
+    if options.nnodes == 1:
+        return _make(options, kind, ranks, models, None)
+
+    from paraplan.measure_nodes import meet
+
+    print(f"meeting {options.nnodes - 1} more at {options.endpoint}", file=sys.stderr)
+    meeting = meet(options.nnodes, options.endpoint)
+    if meeting.node == 0:
+        code = _make(options, kind, ranks, models, meeting)
+        meeting.part()
+        return code
+    measure_beside(kind, ranks, meeting, quick=options.quick, models=models)
+    meeting.part()
+    print(f"measured as machine {meeting.node}; the first one has the profile")
+    return 0
+
+
+def _check_machines(options: argparse.Namespace) -> None:
+    if options.nnodes < 1:
+        raise InputError(f"--nnodes is {options.nnodes}; at least 1 is wanted")
+    if options.nnodes > 1 and not options.endpoint:
+        raise InputError(
+            "machines that do not know each other cannot meet",
+            hint="give all of them the same --endpoint HOST:PORT, one of them and a free port",
+        )
+    if options.gpus is not None and options.gpus % options.nnodes:
+        raise InputError(
+            f"--gpus is {options.gpus}, which {options.nnodes} machines cannot share equally"
+        )
+
+
+def _make(
+    options: argparse.Namespace,
+    kind: Literal["cuda", "cpu"],
+    ranks: int,
+    models: Sequence[tuple[ModelSource, int]],
+    meeting: Meeting | None,
+) -> int:
+    """Measure, write, and say how well layers are predicted."""
     partial = Path(f"{options.output}.partial") if options.output else None
     with _progress(options.json) as done:
         made = profile_machine(
-            kind, ranks, quick=options.quick, models=models, partial=partial, done=done
+            kind,
+            ranks,
+            quick=options.quick,
+            models=models,
+            partial=partial,
+            done=done,
+            meeting=meeting,
         )
     if options.output:
         text = made.cluster.model_dump_json(indent=1, exclude_none=True)

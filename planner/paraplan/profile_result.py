@@ -6,12 +6,13 @@ What could not be measured here keeps the base's figure, and says what that rest
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
 from paraplan.block_compute import block_compute
-from paraplan.cluster import Cluster
+from paraplan.cluster import Cluster, Link, LinkSpeeds
+from paraplan.collectives import Group, between_seconds, inside_seconds
 from paraplan.device import Device
 from paraplan.graph import Block, ModelGraph, attention_flops
 from paraplan.layout import Layout
@@ -57,6 +58,7 @@ class Measurements:
         tasks: timings of the tasks.
         where: one line for the figures' sources: device, software, date.
         facts: figures that are read, not timed, by the field of `Device`.
+        ranks: that computed at once, on all ``nodes``.
     """
 
     tasks: Mapping[Any, Seconds]
@@ -65,6 +67,7 @@ class Measurements:
     facts: Mapping[str, float]
     ranks: int
     dtype: Dtype
+    nodes: int = 1
 
     def of(self, kind: type) -> list[tuple[Any, Seconds]]:
         """The tasks of one kind."""
@@ -128,10 +131,13 @@ def measured_cluster(base: Cluster, made: Measurements) -> Cluster:
     content = base.model_dump(mode="json", exclude_none=True)
     group = content["node_groups"][0]
     _device(group["device"], made)
-    if made.ranks > 1:
-        _link(group["link_inside"], made)
-        group["devices_per_node"] = made.ranks
-    group["count"] = 1
+    inside = [(task, timing) for task, timing in made.of(LinkTask) if task.per_node is None]
+    between = [(task, timing) for task, timing in made.of(LinkTask) if task.per_node is not None]
+    if inside:
+        _link(group["link_inside"], inside, made)
+    if between:
+        _link(content["link_between"], between, made)
+    group |= {"count": made.nodes, "devices_per_node": made.ranks // made.nodes}
     content["name"] = f"{base.name}-measured"
     content["description"] = made.where
     return Cluster.model_validate(content)
@@ -238,8 +244,10 @@ def _rates_of_attention(device: dict[str, Any], made: Measurements) -> None:
         device["attention"] = found
 
 
-def _link(link: dict[str, Any], made: Measurements) -> None:
-    tasks = made.of(LinkTask)
+def _link(
+    link: dict[str, Any], timed: Sequence[tuple[LinkTask, Seconds]], made: Measurements
+) -> None:
+    """The collectives themselves, and figures for groups that were not measured."""
     link["measured"] = [
         {
             "kind": task.kind,
@@ -248,16 +256,15 @@ def _link(link: dict[str, Any], made: Measurements) -> None:
             "seconds": timing.seconds,
             "spread": timing.spread,
         }
-        for task, timing in tasks
+        | ({} if task.per_node is None else {"per_node": task.per_node})
+        for task, timing in timed
     ]
-    moved = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
-    largest = max(task.message_bytes for task, _ in tasks)
+    sizes = [task.message_bytes for task, _ in timed]
+    ends = [min(task.ranks for task, _ in timed), max(task.ranks for task, _ in timed)]
     rates: dict[str, list[float]] = {}
-    for task, timing in tasks:
-        share = moved.get(task.kind, 1.0)
-        share *= 1.0 if task.kind == "transfer" else (task.ranks - 1) / task.ranks
-        if task.message_bytes == largest and task.ranks in (2, made.ranks):
-            rates.setdefault(task.kind, []).append(share * largest / timing.seconds)
+    for task, timing in timed:
+        if task.message_bytes == max(sizes) and task.ranks in ends:
+            rates.setdefault(task.kind, []).append(_of_a_link(task) / timing.seconds)
     ring = [r for kind in ("all_reduce", "all_gather", "reduce_scatter") for r in rates[kind]]
     best = max(max(values) for values in rates.values())
     name = "bandwidth_bytes_per_second"
@@ -271,11 +278,52 @@ def _link(link: dict[str, Any], made: Measurements) -> None:
     ):
         if kind in rates:
             link[field] = _figure(median(rates[kind]) / peak, made, "longest messages")
-    shortest = min(task.message_bytes for task, _ in tasks)
-    starts = [s.seconds for t, s in tasks if t.message_bytes == shortest and t.ranks == 2]
-    if starts:
-        what = "shortest messages between two ranks, latency included"
-        link["start_seconds"] = _figure(median(starts), made, what)
+    shortest = [(t, s) for t, s in timed if t.message_bytes == min(sizes) and t.ranks == 2]
+    if shortest:
+        _start(link, shortest, made)
+
+
+def _start(
+    link: dict[str, Any], shortest: Sequence[tuple[LinkTask, Seconds]], made: Measurements
+) -> None:
+    """Start and latency, which short messages between two ranks cannot tell apart.
+
+    Both are as many times the base's as all that these messages take beside their bytes.
+    """
+    speeds = Link.model_validate(link | {"measured": ()}).speeds
+    no_wait = replace(speeds, start=0.0, latency=0.0)
+    times = []
+    for task, timing in shortest:
+        modelled, of_bytes = (_pair_seconds(task, one) for one in (speeds, no_wait))
+        if modelled > of_bytes:
+            times.append((timing.seconds - of_bytes) / (modelled - of_bytes))
+    if times:
+        factor = max(0.0, median(times))
+        what = "shortest messages between two ranks beside their bytes"
+        link["start_seconds"] = _figure(factor * speeds.start, made, what)
+        what = f"as large a part of the measured start as here: {link['latency_seconds']['source']}"
+        latency = {"value": factor * speeds.latency, "basis": "modelled", "source": what}
+        link["latency_seconds"] = latency
+
+
+def _pair_seconds(task: LinkTask, speeds: LinkSpeeds) -> float:
+    """A task of two ranks by the formula."""
+    if task.kind == "transfer":
+        return speeds.start + speeds.latency + task.message_bytes / speeds.transfer
+    if task.per_node is None:
+        return inside_seconds(task.kind, task.message_bytes, 2, speeds)
+    return between_seconds(task.kind, task.message_bytes, Group(2, 1), speeds, speeds)
+
+
+def _of_a_link(task: LinkTask) -> float:
+    """Bytes that a device's share of the busiest link moves (`collectives`)."""
+    if task.kind == "transfer":
+        return task.message_bytes
+    kept = 1 if task.per_node is None else task.per_node
+    if task.kind == "all_to_all":
+        return task.message_bytes * (task.ranks - kept) / task.ranks
+    passes = 2 if task.kind == "all_reduce" else 1
+    return passes * task.message_bytes * (task.ranks - 1) / task.ranks / kept
 
 
 def predicted_layer_seconds(graph: ModelGraph, task: LayerTask, cluster: Cluster) -> float:

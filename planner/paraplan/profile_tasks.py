@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from paraplan.link_table import LinkKind
 from paraplan.op_table import Dtype
 
 
@@ -39,11 +40,16 @@ class AttentionTask:
 
 @dataclass(frozen=True, slots=True)
 class LinkTask:
-    """A collective of groups of ``ranks``, all groups at once, or a transfer between neighbours."""
+    """A collective of groups of ``ranks``, all groups at once, or a transfer between neighbours.
 
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "transfer"]
+    Attributes:
+        per_node: ranks of a group that each node has; None where one node has all.
+    """
+
+    kind: LinkKind
     ranks: int
     message_bytes: int
+    per_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ class Scope:
 
     Attributes:
         kind: of the devices.
-        ranks: that compute at once.
+        ranks: that compute at once, on all nodes.
         dtype: the one that training computes in.
     """
 
@@ -112,6 +118,7 @@ class Scope:
     ranks: int
     quick: bool
     dtype: Dtype
+    nodes: int = 1
 
 
 CPU_AXIS, CPU_QUICK = (32, 128, 512, 2048), (64, 256, 1024)
@@ -119,8 +126,18 @@ GPU_AXIS, GPU_QUICK = (64, 256, 1024, 2048, 4096, 8192, 16384), (128, 1024, 4096
 
 
 def make_tasks(scope: Scope) -> list[Task]:
-    """Everything to measure but the recorded calls, the cheapest first."""
-    tasks: list[Task] = [RateTask("floor", 4096), RateTask("optimizer", _optimizer_bytes(scope))]
+    """Everything to measure but the recorded calls.
+
+    One of many comes first: what still starts beside it may lengthen it, and a quick profile of
+    ranks that share cores has no second round.
+    """
+    axis = _axis(scope)
+    tasks: list[Task] = [GemmTask(scope.dtype, m, n, k) for m, n, k in product(axis, repeat=3)]
+    other: Dtype = "float32" if scope.kind == "cuda" else "bfloat16"
+    size = 4096 if scope.kind == "cuda" else 256
+    tasks.append(GemmTask(other, size, size, size))
+    tasks += _attention_tasks(scope)
+    tasks += [RateTask("floor", 4096), RateTask("optimizer", _optimizer_bytes(scope))]
     if scope.kind == "cuda":
         tasks += [RateTask("launch", 4096)]
         tasks += [RateTask("host_to_device", 2**28), RateTask("device_to_host", 2**28)]
@@ -130,12 +147,6 @@ def make_tasks(scope: Scope) -> list[Task]:
         if scope.ranks > 1:
             tasks += [HostTask("sharded_update"), HostTask("local")]
             tasks += [HostTask("hooks"), HostTask("reduce")]
-    axis = _axis(scope)
-    tasks += [GemmTask(scope.dtype, m, n, k) for m, n, k in product(axis, repeat=3)]
-    other: Dtype = "float32" if scope.kind == "cuda" else "bfloat16"
-    size = 4096 if scope.kind == "cuda" else 256
-    tasks.append(GemmTask(other, size, size, size))
-    tasks += _attention_tasks(scope)
     tasks += _link_tasks(scope)
     tasks += _layer_tasks(scope)
     return tasks
@@ -172,27 +183,32 @@ def _attention_tasks(scope: Scope) -> list[Task]:
     return tasks
 
 
+def link_groups(ranks: int, nodes: int) -> list[tuple[int, int | None]]:
+    """(ranks, per node) of the groups that layouts use: inside a node, then between nodes."""
+    per_node = ranks // nodes
+    inside: list[tuple[int, int | None]] = [(n, None) for n in _divisors(per_node) if n > 1]
+    between = product((n for n in _divisors(nodes) if n > 1), _divisors(per_node))
+    return inside + [(n * each, each) for n, each in between]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _link_tasks(scope: Scope) -> list[Task]:
-    if scope.ranks == 1:
-        return []
     sizes = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
     if scope.kind == "cuda":
         sizes += [2**28, 2**30]
     if scope.quick:
         # On a CPU shorter ones take as long as the shortest.
         sizes = [2**18, 2**21, 2**24] if scope.kind == "cpu" else [2**12, 2**18, 2**22, 2**25]
-    groups = [n for n in range(2, scope.ranks + 1) if scope.ranks % n == 0]
-    kinds: tuple[Literal["all_reduce", "all_gather", "reduce_scatter"], ...] = (
-        "all_reduce",
-        "all_gather",
-        "reduce_scatter",
-    )
-    tasks: list[Task] = [LinkTask(k, n, s) for k, n, s in product(kinds, groups, sizes)]
+    kinds: list[LinkKind] = ["all_reduce", "all_gather", "reduce_scatter"]
     if not scope.quick:
-        tasks += [LinkTask("all_to_all", n, s) for n, s in product(groups, sizes)]
-    if scope.ranks % 2 == 0:  # pairs of neighbours, all at once
-        tasks += [LinkTask("transfer", 2, size) for size in sizes]
-    return tasks
+        kinds.append("all_to_all")
+    groups = link_groups(scope.ranks, scope.nodes)
+    tasks: list[Task] = [LinkTask(k, n, s, g) for k, (n, g), s in product(kinds, groups, sizes)]
+    pairs = [g for n, g in groups if n == 2 and g in (None, 1)]  # of neighbours, all at once
+    return tasks + [LinkTask("transfer", 2, s, g) for g, s in product(pairs, sizes)]
 
 
 def llama_config(

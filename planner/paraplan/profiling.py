@@ -1,4 +1,4 @@
-"""Measures the devices of this machine and makes a profile of them.
+"""Measures the devices of this machine, or of several, and makes a profile of them.
 
 Tasks are measured one by one on all devices at once (`measure_ranks`), what is known goes to a
 partial file so that an interrupted run goes on where it stopped, and the profile ends with a test
@@ -56,6 +56,7 @@ from paraplan.trace_cache import model_graph, source_digest
 if TYPE_CHECKING:
     from paraplan.measure_calls import RecordedCall
     from paraplan.measure_clock import Timing
+    from paraplan.measure_nodes import Meeting
     from paraplan.measure_ranks import Facts, RankSettings
 
 SIZES_OF_A_NAME = 8
@@ -110,6 +111,21 @@ Done = Callable[[int, int], None]
 """Called with how many tasks are measured, and of how many."""
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is measured, and how.
+
+    Attributes:
+        calls: those of the ``tasks`` that are recorded calls.
+    """
+
+    base: Cluster
+    tasks: tuple[Any, ...]
+    calls: tuple[RecordedCall, ...]
+    settings: RankSettings
+    dtype: Dtype
+
+
 def profile_machine(
     kind: Literal["cuda", "cpu"],
     ranks: int,
@@ -119,13 +135,16 @@ def profile_machine(
     models: Sequence[tuple[ModelSource, int]] = (),
     partial: Path | None = None,
     done: Done = lambda finished, of: None,
+    meeting: Meeting | None = None,
 ) -> Profile:
-    """Measure this machine's devices, ``ranks`` of them at once.
+    """Measure devices, ``ranks`` of them at once, and make a profile of them.
 
     Args:
         base: profile whose figures stay where nothing is measured; by default found by name.
         models: models and sequence lengths whose own ops are measured as well.
         partial: file that keeps what is known until all is.
+        meeting: with the other machines that have a part of the ``ranks``; they call
+            `measure_beside`.
 
     Raises:
         InputError: a device cannot be measured.
@@ -133,25 +152,10 @@ def profile_machine(
     began = time.perf_counter()
     start_imports()  # ahead of our own
 
-    from paraplan.measure_ranks import (
-        QUICK_ROUNDS,
-        ROUNDS,
-        RankSettings,
-        key_of,
-        measure_on_ranks,
-        shared,
-    )
+    from paraplan.measure_ranks import QUICK_ROUNDS, ROUNDS, key_of, measure_on_ranks, shared
 
-    dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
-    scope = Scope(kind, ranks, quick, dtype)
-    base = base or _base(kind, ranks)
-    calls = _memory_calls(scope, models)
-    tasks: list[Any] = [*make_tasks(scope), *_model_tasks(scope, models, base), *calls]
-    settings = RankSettings(kind, ranks, quick, _threads(kind, ranks))
-    if shared(settings) and not quick:  # too few timings tell less than the number of cores does
-        fitted = [task for task in tasks if isinstance(task, LayerTask) and task.fitted]
-        tasks += [replace(task, alone=True) for task in fitted]
-    tasks = list(dict.fromkeys(tasks))
+    work = _work(kind, ranks, quick, models, base, meeting)
+    tasks, settings = work.tasks, work.settings
     rounds, often = (QUICK_ROUNDS, QUICK_LAYERS_A_ROUND) if quick else (ROUNDS, LAYERS_A_ROUND)
     late = time.perf_counter() - began > QUICK_BEGUN_SECONDS
     if quick and (late or shared(settings)):
@@ -161,6 +165,9 @@ def profile_machine(
     kept = _Kept(partial, _fingerprint(settings))
     schedule = _schedule(tasks, rounds, often)
     missing = _missing(schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of)
+    if meeting is not None:
+        place = {task: index for index, task in enumerate(tasks)}
+        meeting.told("tasks", json.dumps([place[task] for task in missing]))
     of = len(schedule)
     done(of - len(missing), of)
 
@@ -169,22 +176,82 @@ def profile_machine(
         done(sum(len(timings) for timings in kept.known.values()), of)
 
     try:
-        facts = measure_on_ranks(missing, settings, report)
+        facts = measure_on_ranks(missing, settings, report, meeting)
     finally:
         kept.save()
     known = _over_rounds({task: kept.known[key_of(task)] for task in tasks})
     made = Measurements(
-        tasks={task: timing for task, timing in known.items() if task not in set(calls)},
-        calls=[_memory_call(call, known[call]) for call in calls],
+        tasks={task: timing for task, timing in known.items() if task not in set(work.calls)},
+        calls=[_memory_call(call, known[call]) for call in work.calls],
         where=_where(facts, settings),
         facts=_figures(facts, settings),
         ranks=ranks,
-        dtype=dtype,
+        dtype=work.dtype,
+        nodes=settings.nodes,
     )
-    cluster, layers = _scaled(measured_cluster(base, made), made)
+    cluster, layers = _scaled(measured_cluster(work.base, made), made)
     kept.forget()
     spread = median(timing.spread for timing in known.values())
     return Profile(cluster, layers, spread, len(tasks), time.perf_counter() - began)
+
+
+def measure_beside(
+    kind: Literal["cuda", "cpu"],
+    ranks: int,
+    meeting: Meeting,
+    *,
+    quick: bool = False,
+    models: Sequence[tuple[ModelSource, int]] = (),
+) -> None:
+    """Measure what the first of the machines measures, which makes the profile.
+
+    Raises:
+        InputError: a device cannot be measured, or this machine differs from the first.
+    """
+    start_imports()
+
+    from paraplan.measure_ranks import measure_on_ranks
+
+    work = _work(kind, ranks, quick, models, None, meeting)
+    wanted = [work.tasks[index] for index in json.loads(meeting.told("tasks", ""))]
+    measure_on_ranks(wanted, work.settings, lambda key, timing: None, meeting)
+
+
+def _work(
+    kind: Literal["cuda", "cpu"],
+    ranks: int,
+    quick: bool,
+    models: Sequence[tuple[ModelSource, int]],
+    base: Cluster | None,
+    meeting: Meeting | None,
+) -> _Work:
+    """The same on all machines: they compare it."""
+    from paraplan.measure_ranks import RankSettings, key_of, shared
+
+    nodes = 1 if meeting is None else meeting.nodes
+    dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
+    scope = Scope(kind, ranks, quick, dtype, nodes)
+    base = base or _base(kind, ranks, nodes)
+    calls = _memory_calls(scope, models)
+    tasks: list[Any] = [*make_tasks(scope), *_model_tasks(scope, models, base), *calls]
+    settings = RankSettings(kind, ranks, quick, _threads(kind, ranks // nodes), nodes)
+    if shared(settings) and not quick:  # too few timings tell less than the number of cores does
+        fitted = [task for task in tasks if isinstance(task, LayerTask) and task.fitted]
+        tasks += [replace(task, alone=True) for task in fitted]
+    tasks = list(dict.fromkeys(tasks))
+    if meeting is not None:
+        import torch
+
+        measured = [_fingerprint(settings), *map(key_of, tasks)]
+        meeting.compare(
+            {
+                "device": base.device.name,
+                "torch": torch.__version__,
+                "threads": str(settings.threads),
+                "measurements": hashlib.sha256(json.dumps(measured).encode()).hexdigest()[:8],
+            }
+        )
+    return _Work(base, tuple(tasks), tuple(calls), settings, dtype)
 
 
 def _schedule(tasks: Sequence[Any], rounds: int, often: int) -> list[Any]:
@@ -257,17 +324,18 @@ def _threads(kind: str, ranks: int) -> int:
     return max(1, available_cores() // ranks)
 
 
-def _base(kind: str, ranks: int) -> Cluster:
+def _base(kind: str, ranks: int, nodes: int) -> Cluster:
+    per_node = ranks // nodes
     if kind == "cpu":
-        return make_cluster(load_device("cpu"), ranks, devices_per_node=ranks)
+        return make_cluster(load_device("cpu"), ranks, devices_per_node=per_node)
     import torch
 
-    if torch.cuda.device_count() < ranks:
+    if torch.cuda.device_count() < per_node:
         raise InputError(
-            f"{ranks} GPUs are to be measured, this machine has {torch.cuda.device_count()}"
+            f"{per_node} GPUs are to be measured, this machine has {torch.cuda.device_count()}"
         )
     device = load_device(profile_of(torch.cuda.get_device_name()))
-    return make_cluster(device, ranks)
+    return make_cluster(device, ranks, devices_per_node=per_node)
 
 
 def _fingerprint(settings: Any) -> str:
@@ -389,6 +457,7 @@ def _where(facts: Facts, settings: RankSettings) -> str:
 
     date = datetime.now(UTC).date().isoformat()
     what = "processes" if settings.kind == "cpu" else "devices"
+    what += f" of {settings.nodes} machines" if settings.nodes > 1 else ""
     return (
         f"{facts.device_name}, {settings.ranks} {what} at once with {settings.threads} threads "
         f"each, torch {torch.__version__}, driver {facts.driver}, clocks {facts.clocks}, {date}"
@@ -403,7 +472,7 @@ def _figures(facts: Facts, settings: RankSettings) -> dict[str, float]:
     if settings.kind == "cuda":
         figures["multiprocessors"] = float(facts.multiprocessors)
     else:
-        wanted = settings.ranks * settings.threads
+        wanted = settings.per_node * settings.threads
         figures["ranks_per_core"] = max(1.0, wanted / available_cores())
     return figures
 
