@@ -156,7 +156,7 @@ def test_collectives_are_interpolated_for_measured_groups_only() -> None:
     # Three of four ranks were not measured: the link's figures say something.
     assert collective_seconds("all_gather", 2**20, Group(3, 3), cluster) > 0
     assert cluster.link_inside.table is not None
-    assert cluster.link_inside.table.seconds("all_gather", 3, 2**20) is None
+    assert cluster.link_inside.table.seconds("all_gather", 3, None, 2**20) is None
 
 
 def test_a_scaled_link_leaves_what_was_measured_behind() -> None:
@@ -172,8 +172,8 @@ def test_a_link_table_of_one_size_still_answers() -> None:
     table = make_link_table(
         [MeasuredCollective(kind="all_reduce", ranks=2, message_bytes=1000, seconds=0.5)]
     )
-    assert table.seconds("all_reduce", 2, 10) == 0.5
-    assert table.seconds("all_reduce", 2, 2000) == pytest.approx(1.0)
+    assert table.seconds("all_reduce", 2, None, 10) == 0.5
+    assert table.seconds("all_reduce", 2, None, 2000) == pytest.approx(1.0)
 
 
 def test_the_scale_of_whole_layers_lengthens_blocks() -> None:
