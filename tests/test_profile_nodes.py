@@ -28,7 +28,7 @@ def free_endpoint() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def on_each(machines: int, act: Callable[[Meeting], Any]) -> list[Any]:
+def on_each(machines: int, act: Callable[[Meeting], Any], *, part: bool = True) -> list[Any]:
     """What each of the machines that meet gives, or the error that it raises; the first first."""
     endpoint = free_endpoint()
 
@@ -38,7 +38,8 @@ def on_each(machines: int, act: Callable[[Meeting], Any]) -> list[Any]:
             found = act(meeting)
         except InputError as error:
             found = error
-        meeting.part()
+        if part:
+            meeting.part()
         return meeting.node, found
 
     with ThreadPoolExecutor(machines) as threads:
@@ -59,6 +60,19 @@ def test_machines_that_differ_all_say_so() -> None:
 
     for error in on_each(3, act):
         assert str(error) == "machine 1 has device 'b', the first 'a'"
+
+
+def test_the_first_that_ends_early_is_missed() -> None:
+    def act(meeting: Meeting) -> str:
+        if meeting.node == 0:
+            meeting.store.wait(["ready"])
+            return "left"
+        meeting.store.set("ready", "")
+        return meeting.told("tasks", "")
+
+    first, second = on_each(2, act, part=False)
+    assert first == "left"
+    assert str(second) == "the first machine, which the others meet at, is gone"
 
 
 @pytest.mark.parametrize(

@@ -251,9 +251,11 @@ def profile_parser() -> Parser:
         "profile",
         "Measures the devices of this machine, computing at once as in training, and\n"
         "writes a cluster profile. Ends with a test: whole layers that nothing was fitted\n"
-        "to, predicted against measured.",
-        epilog="example:\n  plan profile --device cpu --gpus 2 --quick -o mine.json\n"
-        "  plan --model ./my-model --cluster mine.json",
+        "to, predicted against measured. With --nnodes the same command runs on several\n"
+        "machines and measures the network between them, too.",
+        epilog="examples:\n  plan profile --device cpu --gpus 2 --quick -o mine.json\n"
+        "  plan --model ./my-model --cluster mine.json\n"
+        "  plan profile --nnodes 2 --endpoint node0:29400 -o mine.json  # the same on each",
     )
     add_profile_arguments(parser)
     return parser

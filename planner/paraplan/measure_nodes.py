@@ -26,6 +26,8 @@ from paraplan.errors import InputError
 WAIT_SECONDS = 600.0
 """For machines that start later: a cluster's start them within minutes."""
 _LAST_SECONDS = 60.0
+_TRY_SECONDS, _POLL_SECONDS = 5.0, 0.05
+"""Python hears a Ctrl-C between such waits; torch's own go on."""
 _SIOCGIFADDR = 0x8915  # of linux/sockios.h
 
 
@@ -77,11 +79,9 @@ class Meeting:
                 self._get(f"done/{node}", _LAST_SECONDS)
 
     def _get(self, name: str, seconds: float = WAIT_SECONDS) -> str:
-        try:
-            self.store.wait([name], timedelta(seconds=seconds))
-            return self.store.get(name).decode()
-        except DistError as error:
-            raise InputError(f"the machines lost each other: {_first_line(error)}") from None
+        if not _wait(self.store, [name], seconds):
+            raise InputError(f"another machine did not answer within {seconds:.0f} s")
+        return self.store.get(name).decode()
 
 
 def meet(nodes: int, endpoint: str) -> Meeting:
@@ -95,29 +95,16 @@ def meet(nodes: int, endpoint: str) -> Meeting:
     if not host or not port_text.isdecimal() or not 1 <= int(port_text) <= 65535:
         raise InputError(f"--endpoint is {endpoint!r}; HOST:PORT is wanted, such as node0:29400")
     port = int(port_text)
-    until = time.monotonic() + WAIT_SECONDS
-    own = _is_own(host)
-    try:
-        store = connect((host, port), first=own)
-        first = own
-    except DistError as error:
-        if not own:
-            raise InputError(f"nothing answers at {endpoint}: {_first_line(error)}") from None
-        # Taken, by the first one where several "machines" are one, as in tests.
-        store, first = connect((host, port), seconds=_LAST_SECONDS), False
+    store, first = _open((host, port))
     node = 0 if first else store.add("others", 1)
     if node >= nodes:
         raise InputError(f"machine {node + 1} came to {endpoint}, and --nnodes is {nodes}")
     # Towards its own name the first machine may see a loopback's address, others never do.
     store.set(f"came/{node}", _address_towards(host))
-    for other in range(nodes):
-        try:
-            store.wait([f"came/{other}"], timedelta(seconds=max(1.0, until - time.monotonic())))
-        except DistError:
-            came = sum(store.check([f"came/{i}"]) for i in range(nodes))
-            raise InputError(
-                f"{came} of {nodes} machines came to {endpoint} within {WAIT_SECONDS:.0f} s"
-            ) from None
+    names = [f"came/{other}" for other in range(nodes)]
+    if not _wait(store, names, WAIT_SECONDS):
+        came = sum(store.check([name]) for name in names)
+        raise InputError(f"{came} of {nodes} machines came to {endpoint} in {WAIT_SECONDS:.0f} s")
     towards = host if node else store.get("came/1").decode()
     return Meeting((host, port), node, nodes, store, _interface_of(_address_towards(towards)))
 
@@ -133,6 +120,46 @@ def connect(
         timeout=timedelta(seconds=seconds),
     )
     return PrefixStore("profile", made)
+
+
+def _open(endpoint: tuple[str, int]) -> tuple[Store, bool]:
+    """The store, and whether it is this machine that keeps it."""
+    if _is_own(endpoint[0]):
+        try:
+            return connect(endpoint, first=True), True
+        except DistError:
+            pass  # taken, by the first one where several "machines" are one, as in tests
+    where = ":".join(map(str, endpoint))
+    until = time.monotonic() + WAIT_SECONDS
+    while not _answers(endpoint):  # torch's own attempts log a traceback each
+        if time.monotonic() > until:
+            raise InputError(f"nothing answers at {where}: does that machine measure?")
+        time.sleep(_POLL_SECONDS)
+    try:
+        return connect(endpoint, seconds=_TRY_SECONDS), False
+    except DistError:
+        raise InputError(f"what answers at {where} is no machine that measures") from None
+
+
+def _answers(endpoint: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(endpoint, _TRY_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _wait(store: Store, names: list[str], seconds: float) -> bool:
+    """Whether all are set within that time; asks again and again, so that Ctrl-C ends it."""
+    until = time.monotonic() + seconds
+    try:
+        while not store.check(names):
+            if time.monotonic() > until:
+                return False
+            time.sleep(_POLL_SECONDS)
+    except DistError:
+        raise InputError("the first machine, which the others meet at, is gone") from None
+    return True
 
 
 def _address_towards(host: str) -> str:
@@ -173,7 +200,3 @@ def _is_own(host: str) -> bool:
                 continue
             return True
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
