@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from profile_loop import LENGTH, LLAMA, ROWS
+from profile_loop import LENGTH, LLAMA, rows
 
 from paraplan.layout import Layout
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "runtime"))
 from parity_cases import make_plan
 from rank_launch import run_ranks
 
+ROWS = rows(2)
 WARM_UP_STEPS, STEPS = 4, 8
 LAYOUTS = {
     "data-replicate 2": Layout(data_replicate=2, micro_batch_size=ROWS // 2),

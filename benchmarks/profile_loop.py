@@ -39,7 +39,7 @@ from rank_launch import run_ranks
 TURN_STEPS = 3
 """Of one layout, one after the other; the first is not counted."""
 
-ROWS, LENGTH = 8, 128
+LENGTH = 128
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -85,6 +85,16 @@ OTHERS: dict[int, list[dict[str, Any]]] = {
         {"pipeline": 2, "micro_batch_size": 1},
         {"pipeline": 2, "micro_batch_size": 2},
     ],
+    3: [
+        {"data_replicate": 3, "micro_batch_size": 4},
+        {"data_replicate": 3, "micro_batch_size": 1, "recompute": "full"},
+        {"data_shard": 3, "zero_stage": 1, "micro_batch_size": 2},
+        {"data_shard": 3, "zero_stage": 2, "micro_batch_size": 4},
+        {"data_shard": 3, "zero_stage": 3, "micro_batch_size": 4},
+        {"pipeline": 3, "micro_batch_size": 1},
+        {"pipeline": 3, "micro_batch_size": 2},
+        {"pipeline": 3, "micro_batch_size": 4},
+    ],
     4: [
         {"data_replicate": 4, "micro_batch_size": 2},
         {"data_shard": 4, "zero_stage": 1, "micro_batch_size": 1},
@@ -95,6 +105,11 @@ OTHERS: dict[int, list[dict[str, Any]]] = {
         {"pipeline": 4, "micro_batch_size": 1},
     ],
 }
+
+
+def rows(ranks: int) -> int:
+    """Sequences of a step: a number that the data ranks can share."""
+    return 12 if ranks == 3 else 8
 
 
 def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list[float]]:
@@ -114,7 +129,8 @@ def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list
     seconds: list[list[float]] = [[] for _ in plans]
     draw = torch.Generator().manual_seed(1)
     for turn in range(turns + 1):
-        ids = torch.randint(settings.vocab_size, (ROWS, LENGTH), generator=draw)
+        shape = (rows(dist.get_world_size()), LENGTH)
+        ids = torch.randint(settings.vocab_size, shape, generator=draw)
         for index, (model, optimizer) in enumerate(trained):
             for step in range(TURN_STEPS):
                 dist.barrier()
@@ -134,7 +150,7 @@ def question(cluster: Path, ranks: int) -> dict[str, Any]:
         "cluster": str(cluster),
         "gpus": ranks,
         "seq_len": LENGTH,
-        "global_batch": ROWS,
+        "global_batch": rows(ranks),
         "precision": "fp32",
     }
 

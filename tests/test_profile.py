@@ -379,7 +379,8 @@ def test_layers_are_measured_while_ranks_wait_for_a_core() -> None:
     from paraplan.profile_tasks import gpt2_config
 
     layer = LayerTask(gpt2_config(32, 2, vocabulary=64), "float32", 8, 1, True)
-    tasks = [layer, replace(layer, alone=True), layer]
+    tasks: list[Any] = [layer, replace(layer, alone=True), layer]
+    tasks.append(LinkTask("transfer", 2, 4096))  # in a ring
     known: dict[str, Any] = {}
     measure_on_ranks(tasks, RankSettings("cpu", 3, True, 1), known.__setitem__)
     assert set(known) == {key_of(task) for task in tasks}

@@ -122,10 +122,15 @@ def test_groups_are_those_of_layouts() -> None:
     assert link_groups(8, 2) == [(2, None), (4, None), (2, 1), (4, 2), (8, 4)]
     shapes = {(t.ranks, t.per_node) for t in made_tasks(16, 4) if t.kind == "all_gather"}
     assert shapes == {(2, None), (4, None)} | {(n * g, g) for n in (2, 4) for g in (1, 2, 4)}
-    assert {(t.ranks, t.per_node) for t in made_tasks(16, 4) if t.kind == "transfer"} == {
-        (2, None),
-        (2, 1),
-    }
+    assert neighbours(Scope("cuda", 16, True, "bfloat16", 4)) == {(2, None), (2, 1)}
+    assert neighbours(Scope("cuda", 3, True, "bfloat16")) == set()
+    assert neighbours(Scope("cpu", 3, True, "float32")) == {(2, None)}  # in a ring
+    assert neighbours(Scope("cpu", 2, True, "float32", 2)) == {(2, 1)}
+
+
+def neighbours(scope: Scope) -> set[tuple[int, int | None]]:
+    tasks = [task for task in make_tasks(scope) if isinstance(task, LinkTask)]
+    return {(task.ranks, task.per_node) for task in tasks if task.kind == "transfer"}
 
 
 def made_tasks(ranks: int, nodes: int) -> list[LinkTask]:

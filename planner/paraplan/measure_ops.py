@@ -181,7 +181,10 @@ def _attention(task: AttentionTask, bench: Bench) -> Timing:
 
 
 def _link(task: LinkTask, bench: Bench) -> Timing:
-    group = bench.links[task.ranks, task.per_node]
+    shape = (task.ranks, task.per_node)
+    if shape not in bench.links:
+        shape = (max(ranks for ranks, each in bench.links if each is None), None)
+    group = bench.links[shape]
     elements = max(task.ranks, task.message_bytes // 4 // task.ranks * task.ranks)
     whole = torch.randn(elements, device=bench.device)
     part = torch.randn(elements // task.ranks, device=bench.device)
@@ -212,10 +215,10 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 def _exchange(message: torch.Tensor, other: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """To the neighbour and from it at once, as stages in the middle of a pipeline do."""
-    neighbour = 1 - dist.get_rank(group)
-    sent = dist.isend(message, group=group, group_dst=neighbour)
-    received = dist.irecv(other, group=group, group_src=neighbour)
+    """To the next one and from the last at once, as stages in the middle of a pipeline do."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    sent = dist.isend(message, group=group, group_dst=(rank + 1) % ranks)
+    received = dist.irecv(other, group=group, group_src=(rank - 1) % ranks)
     for pending in (sent, received):
         assert pending is not None  # this rank is in the group
         pending.wait()

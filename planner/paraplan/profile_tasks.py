@@ -42,6 +42,8 @@ class AttentionTask:
 class LinkTask:
     """A collective of groups of ``ranks``, all groups at once, or a transfer between neighbours.
 
+    Neighbours are the two of a group, or where those of a node are an odd number, all in a ring.
+
     Attributes:
         per_node: ranks of a group that each node has; None where one node has all.
     """
@@ -208,6 +210,8 @@ def _link_tasks(scope: Scope) -> list[Task]:
     groups = link_groups(scope.ranks, scope.nodes)
     tasks: list[Task] = [LinkTask(k, n, s, g) for k, (n, g), s in product(kinds, groups, sizes)]
     pairs = [g for n, g in groups if n == 2 and g in (None, 1)]  # of neighbours, all at once
+    if scope.kind == "cpu" and scope.ranks // scope.nodes % 2 and scope.ranks > scope.nodes:
+        pairs.append(None)
     return tasks + [LinkTask("transfer", 2, s, g) for g, s in product(pairs, sizes)]
 
 
