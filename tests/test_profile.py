@@ -356,6 +356,8 @@ def test_real_processes_measure_together() -> None:
     tasks: list[Any] = [
         GemmTask("float32", 64, 64, 64),
         GemmTask("float32", 256, 256, 256),
+        GemmTask("bfloat16", 64, 64, 64),
+        GemmTask("float8", 64, 96, 128),
         AttentionTask("float32", (1, 2, 1, 32, 32, 16, 16), True, "backward"),
         LinkTask("reduce_scatter", 2, 4096),
         LinkTask("transfer", 2, 4096),
@@ -372,6 +374,26 @@ def test_real_processes_measure_together() -> None:
     updates = [known[key_of(HostTask(what))].seconds for what in ("update", "sharded_update")]
     assert updates[1] > updates[0]
     assert facts.capacity_bytes > facts.framework_bytes > 0
+
+
+def test_products_are_measured_in_every_dtype_that_the_device_has() -> None:
+    from paraplan.profiling import _other_dtypes
+
+    for name, wanted in (
+        ("h100-sxm", ("float16", "float32", "float8")),
+        ("a100-80gb-sxm", ("float16", "float32")),
+        ("cpu", ("bfloat16",)),
+    ):
+        device = load_device(name)
+        assert _other_dtypes(device) == wanted
+        for quick in (False, True):
+            kind = "cpu" if name == "cpu" else "cuda"
+            main = "float32" if kind == "cpu" else "bfloat16"
+            tasks = make_tasks(Scope(kind, 1, quick, main, other_dtypes=wanted))
+            sizes = Counter(task.dtype for task in tasks if isinstance(task, GemmTask))
+            grid = 1 if quick else 27 if kind == "cpu" else 64
+            assert sizes == {main: sizes[main], **dict.fromkeys(wanted, grid)}
+            assert sizes[main] > grid
 
 
 def test_layers_are_measured_while_ranks_wait_for_a_core() -> None:

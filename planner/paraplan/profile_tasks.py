@@ -114,6 +114,7 @@ class Scope:
         kind: of the devices.
         ranks: that compute at once, on all nodes.
         dtype: the one that training computes in.
+        other_dtypes: those that products are measured in as well, on fewer sizes.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -121,6 +122,7 @@ class Scope:
     quick: bool
     dtype: Dtype
     nodes: int = 1
+    other_dtypes: tuple[Dtype, ...] = ()
 
 
 CPU_AXIS, CPU_QUICK = (32, 128, 512, 2048), (64, 256, 1024)
@@ -135,9 +137,10 @@ def make_tasks(scope: Scope) -> list[Task]:
     """
     axis = _axis(scope)
     tasks: list[Task] = [GemmTask(scope.dtype, m, n, k) for m, n, k in product(axis, repeat=3)]
-    other: Dtype = "float32" if scope.kind == "cuda" else "bfloat16"
-    size = 4096 if scope.kind == "cuda" else 256
-    tasks.append(GemmTask(other, size, size, size))
+    few: tuple[int, ...] = GPU_QUICK if scope.kind == "cuda" else CPU_QUICK
+    few = few[-2:-1] if scope.quick else few
+    for other in scope.other_dtypes:
+        tasks += [GemmTask(other, m, n, k) for m, n, k in product(few, repeat=3)]
     tasks += _attention_tasks(scope)
     tasks += [RateTask("floor", 4096), RateTask("optimizer", _optimizer_bytes(scope))]
     if scope.kind == "cuda":

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from paraplan.automatic import profile_of
 from paraplan.cluster import Cluster, make_cluster
 from paraplan.cpu_ranks import available_cores
-from paraplan.device import load_device
+from paraplan.device import Device, load_device
 from paraplan.errors import InputError
 from paraplan.files import write_atomically
 from paraplan.measure_start import start_imports
@@ -230,8 +230,8 @@ def _work(
 
     nodes = 1 if meeting is None else meeting.nodes
     dtype: Dtype = "bfloat16" if kind == "cuda" else "float32"
-    scope = Scope(kind, ranks, quick, dtype, nodes)
     base = base or _base(kind, ranks, nodes)
+    scope = Scope(kind, ranks, quick, dtype, nodes, _other_dtypes(base.device))
     calls = _memory_calls(scope, models)
     tasks: list[Any] = [*make_tasks(scope), *_model_tasks(scope, models, base), *calls]
     settings = RankSettings(kind, ranks, quick, _threads(kind, ranks // nodes), nodes)
@@ -314,6 +314,16 @@ def _over_rounds(timings: Mapping[Any, Sequence[Sequence[float]]]) -> dict[Any, 
             level = means / sum(known[t].seconds for t in layers)
             known |= {t: known[t]._replace(seconds=level * known[t].seconds) for t in layers}
     return known
+
+
+def _other_dtypes(device: Device) -> tuple[Dtype, ...]:
+    """What else the device multiplies, by its profile; ROCm's 8 bits are of another format."""
+    found: tuple[Dtype, ...] = ("bfloat16",)
+    if device.kind != "cpu":
+        found = (
+            ("float16", "float32", "float8") if device.kind == "cuda" else ("float16", "float32")
+        )
+    return tuple(dtype for dtype in found if dtype in device.peak_flops_per_second)
 
 
 def _threads(kind: str, ranks: int) -> int:
