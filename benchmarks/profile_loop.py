@@ -9,7 +9,9 @@ runtime. All layouts of a model live in the same processes and take turns, so th
 machine does falls on all of them; the first step of a turn is not counted, for it finds the caches
 as another layout has left them, which does not happen in training. Printed: the error of the
 planned layout's predicted step time, the rank correlation of all layouts, and the regret, which is
-how much slower the planned layout is than the fastest that was measured.
+how much slower the planned layout is than the fastest that was measured. Between the turns the
+whole layers of the profile's own test run again: how much longer they take than while it was
+measured is what the machine has changed since, and errors are told with and without it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ import torch.distributed as dist
 
 from paraplan import estimate, plan
 from paraplan.errors import PlanError
+from paraplan.measure_clock import Clock
+from paraplan.measure_ops import Bench, RandomPool, whole_layer
 from paraplan.plan_file import Plan, plan_from_json, plan_to_json
+from paraplan.profile_tasks import LayerTask
 from paraplan.profiling import Profile, profile_machine
 from paraplan.report import layout_words
 
@@ -112,8 +117,13 @@ def rows(ranks: int) -> int:
     return 12 if ranks == 3 else 8
 
 
-def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list[float]]:
-    """Seconds of every timed step of each plan, in turns after one that warms up; on each rank."""
+def train(
+    plans: Sequence[str], config: dict[str, Any], turns: int, layers: Sequence[LayerTask] = ()
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Seconds of every timed step of each plan, in turns after one that warms up; on each rank.
+
+    And those of each layer, which runs once a turn, on all ranks at once.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from paraplan_runtime import parallelize
@@ -126,7 +136,10 @@ def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list
         whole: Any = AutoModelForCausalLM.from_config(settings)
         model = parallelize(whole.train(), plan_from_json(text), device_type="cpu")
         trained.append((model, torch.optim.AdamW(model.parameters(), lr=1e-4)))
+    alone = Bench(Clock(torch.device("cpu"), 0.0, 1), RandomPool(torch.device("cpu")))
+    calls = [whole_layer(task, alone) for task in layers]
     seconds: list[list[float]] = [[] for _ in plans]
+    of_layers: list[list[float]] = [[] for _ in layers]
     draw = torch.Generator().manual_seed(1)
     for turn in range(turns + 1):
         shape = (rows(dist.get_world_size()), LENGTH)
@@ -141,7 +154,15 @@ def train(plans: Sequence[str], config: dict[str, Any], turns: int) -> list[list
                 dist.barrier()
                 if turn and step:
                     seconds[index].append(time.perf_counter() - began)
-    return seconds
+        for index, call in enumerate(calls):
+            call[0]()
+            dist.barrier()
+            began = time.perf_counter()
+            for one in call:
+                one()
+            if turn:
+                of_layers[index].append((time.perf_counter() - began) / len(call))
+    return seconds, of_layers
 
 
 def question(cluster: Path, ranks: int) -> dict[str, Any]:
@@ -178,16 +199,31 @@ def candidates(folder: Path, cluster: Path, ranks: int) -> tuple[Plan, list[Plan
 
 
 def compare(
-    name: str, ranks: int, profiles: dict[str, Path], folder: Path, turns: int
+    name: str,
+    ranks: int,
+    profiles: dict[str, Path],
+    folder: Path,
+    turns: int,
+    layers: dict[str, dict[LayerTask, float]],
 ) -> dict[str, Any]:
-    """One model on so many processes: every layout, predicted and measured."""
+    """One model on so many processes: every layout, predicted and measured.
+
+    Args:
+        layers: of each profile, and the seconds that they took while it was made.
+    """
     (folder / "config.json").write_text(json.dumps(MODELS[name]))
     found = {kind: candidates(folder, path, ranks) for kind, path in profiles.items()}
     first = next(iter(found))
     plans = {kind: best for kind, (best, _) in found.items()}
     runs = {one.layout: one for _, (best, others) in found.items() for one in (best, *others)}
     texts = [plan_to_json(one) for one in runs.values()]
-    took = run_ranks(ranks, train, texts, MODELS[name], turns, limit_seconds=480)[0]
+    tests = list(dict.fromkeys(task for made in layers.values() for task in made))
+    took, again = run_ranks(ranks, train, texts, MODELS[name], turns, tests, limit_seconds=480)[0]
+    now = {task: median(seconds) for task, seconds in zip(tests, again, strict=True)}
+    slower = {
+        kind: median(now[task] / then for task, then in made.items())
+        for kind, made in layers.items()
+    }
     measured = {layout: median(seconds) for layout, seconds in zip(runs, took, strict=True)}
     spreads = {layout: (max(s) - min(s)) / median(s) for layout, s in zip(runs, took, strict=True)}
     predicted = {one.layout: one.prediction.step_seconds for one in found[first][1]}
@@ -215,6 +251,11 @@ def compare(
                 "predicted_seconds": best.prediction.step_seconds,
                 "measured_seconds": measured[best.layout],
                 "error": best.prediction.step_seconds / measured[best.layout] - 1,
+                "machine": slower[kind],
+                "error_at_its_speed": slower[kind]
+                * best.prediction.step_seconds
+                / measured[best.layout]
+                - 1,
                 "regret": measured[best.layout] / fastest - 1,
             }
             for kind, best in plans.items()
@@ -254,7 +295,8 @@ def show(result: dict[str, Any]) -> None:
     for kind, planned in result["plans"].items():
         print(
             f"{kind}: error {planned['error']:+.1%}, regret {planned['regret']:.1%}, "
-            f"planned {planned['layout']}"
+            f"planned {planned['layout']}; layers take {planned['machine']:.3f} x what they took "
+            f"while profiled, error but for that {planned['error_at_its_speed']:+.1%}"
         )
     print(f"rank correlation {result['rank_correlation']:.2f}", flush=True)
 
@@ -289,16 +331,24 @@ def main() -> None:
                 profiles_told.append(told)
                 print(told, flush=True)
             paths = {kind: path for kind, (path, _) in made.items()}
+            tests = {
+                kind: {
+                    one.task: one.measured_seconds for one in found.layers if not one.task.fitted
+                }
+                for kind, (_, found) in made.items()
+            }
             for name in arguments.models:
-                results.append(compare(name, ranks, paths, folder, arguments.turns))
+                results.append(compare(name, ranks, paths, folder, arguments.turns, tests))
                 show(results[-1])
                 if arguments.output:
                     content = {"profiles": profiles_told, "models": results}
                     arguments.output.write_text(json.dumps(content, indent=1))
     errors = [abs(p["error"]) for r in results for p in r["plans"].values()]
+    corrected = [abs(p["error_at_its_speed"]) for r in results for p in r["plans"].values()]
     regrets = [p["regret"] for r in results for p in r["plans"].values()]
     print(
-        f"\nplanned layouts: median error {median(errors):.1%}, median regret {median(regrets):.1%}"
+        f"\nplanned layouts: median error {median(errors):.1%} ({median(corrected):.1%} but for "
+        f"what the machine has changed), median regret {median(regrets):.1%}"
     )
     ratios = [
         row["measured_seconds"] / row["predicted_seconds"]

@@ -105,7 +105,7 @@ def profile(folder: Path, quick: bool) -> Path:
 def train_as_rank(folder: Path, name: str, turns: int) -> None:
     """One rank of the training; the first says how long steps took."""
     plans = json.loads((folder / "plans.json").read_text())
-    seconds = train(plans, MODELS[name], turns)
+    seconds, _ = train(plans, MODELS[name], turns)
     if os.environ.get("RANK", "0") == "0" and socket.if_nameindex():
         (folder / "seconds.json").write_text(json.dumps(seconds))
 

@@ -104,7 +104,7 @@ def measure(task: Task | RecordedCall, bench: Bench) -> Timing:
         return _link(task, bench)
     if isinstance(task, LayerTask):
         whole = replace(task, alone=False)
-        calls = bench.layers[whole] = bench.layers.get(whole) or _layer(task, bench)
+        calls = bench.layers[whole] = bench.layers.get(whole) or whole_layer(task, bench)
         return bench.clock.time_alone(calls) if task.alone else bench.clock.time(calls)
     if isinstance(task, HostTask):
         return measure_host(task, bench.clock)
@@ -270,7 +270,7 @@ def _there_and_back(message: torch.Tensor, group: dist.ProcessGroup, bench: Benc
     return Timing(timing.seconds / 2, timing.spread)
 
 
-def _layer(task: LayerTask, bench: Bench) -> list[Call]:
+def whole_layer(task: LayerTask, bench: Bench) -> list[Call]:
     """Forward and backward of the first layer with what the model hands it."""
     source = model_of_config(json.loads(task.config))
     with quiet_transformers():
