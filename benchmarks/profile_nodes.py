@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,9 +24,10 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import torch.distributed as dist
 from profile_loop import MODELS, candidates, predicted_by, spearman, train
 
-from paraplan.cluster import load_cluster
+from paraplan.cluster import Link, load_cluster
 from paraplan.plan_file import plan_to_json
 from paraplan.report import layout_words
 
@@ -106,7 +106,7 @@ def train_as_rank(folder: Path, name: str, turns: int) -> None:
     """One rank of the training; the first says how long steps took."""
     plans = json.loads((folder / "plans.json").read_text())
     seconds, _ = train(plans, MODELS[name], turns)
-    if os.environ.get("RANK", "0") == "0" and socket.if_nameindex():
+    if dist.get_rank() == 0:
         (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
@@ -148,6 +148,16 @@ def _say_plan(
     )
 
 
+def say_wire(link: Link, mbit: int) -> None:
+    """What the longest exchanges were measured to use of the wire."""
+    print(f"the wire lets {mbit / 8:.0f} MB/s through in each direction; of it used")
+    longest = max(one.message_bytes for one in link.measured)
+    for one in link.measured:
+        if one.message_bytes == longest:  # of two ranks: one half goes each way, or all of it
+            passes = {"all_reduce": 2, "transfer": 2}.get(one.kind, 1)
+            print(f"  {one.kind:15s} {passes * longest / 2 / one.seconds / 1e6:6.1f} MB/s")
+
+
 def main() -> None:
     """Make the machines up, profile, train, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -164,13 +174,7 @@ def main() -> None:
     with two_machines(arguments.mbit), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         measured = profile(folder, arguments.quick)
-        link = load_cluster(measured).link_between
-        print("1 GiB's fastest exchange at most; the wire: ", f"{arguments.mbit / 8:.0f} MB/s")
-        for one in link.measured:
-            moved = one.message_bytes * (1 if one.kind != "all_reduce" else 2) / 2
-            moved = one.message_bytes if one.kind == "transfer" else moved
-            if one.message_bytes == max(each.message_bytes for each in link.measured):
-                print(f"  {one.kind:15s} {moved / one.seconds / 1e6:6.1f} MB/s")
+        say_wire(load_cluster(measured).link_between, arguments.mbit)
         for name in arguments.models:
             compare(folder, measured, name, arguments.turns)
 
