@@ -55,6 +55,7 @@ calibrate
 planning
 profile_tasks
 profile_result
+profile_rounds
 measure
 report
 timeline explain

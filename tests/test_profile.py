@@ -26,6 +26,7 @@ from paraplan.profile_result import (
     measured_cluster,
     with_layers,
 )
+from paraplan.profile_rounds import Kept, over_rounds, schedule_of, still_missing
 from paraplan.profile_tasks import (
     AttentionTask,
     GemmTask,
@@ -36,7 +37,6 @@ from paraplan.profile_tasks import (
     Scope,
     make_tasks,
 )
-from paraplan.profiling import _missing, _over_rounds, _schedule
 
 GEMM_RATE, MEMORY_RATE, LINK_RATE, START = 4e10, 8e9, 1e9, 1e-4
 
@@ -446,16 +446,14 @@ def test_recorded_calls_are_made_again_with_the_same_sizes() -> None:
 
 
 def test_an_interrupted_profile_goes_on(tmp_path: Any) -> None:
-    from paraplan.profiling import _Kept
-
     path = tmp_path / "mine.json.partial"
-    kept = _Kept(path, "this machine")
+    kept = Kept(path, "this machine")
     kept.add("a", (1.0, 0.1))
     kept.save()
-    assert _Kept(path, "this machine").known == {"a": [(1.0, 0.1)]}
-    assert _Kept(path, "another").known == {}
+    assert Kept(path, "this machine").known == {"a": [(1.0, 0.1)]}
+    assert Kept(path, "another").known == {}
     path.write_text("{half")
-    assert _Kept(path, "this machine").known == {}
+    assert Kept(path, "this machine").known == {}
 
 
 @pytest.mark.parametrize(
@@ -481,7 +479,7 @@ def test_wrong_options_are_told_in_one_line(
 def test_layers_are_timed_over_the_whole_run_and_it_goes_on_where_it_stopped() -> None:
     layers = [LayerTask("{}", "float32", 8, n, n == 1) for n in (1, 2)]
     others = [RateTask("floor", n) for n in range(1, 8)]
-    schedule = _schedule([*layers, *others], 2, 3)
+    schedule = schedule_of([*layers, *others], 2, 3)
     assert Counter(schedule) == {
         **dict.fromkeys(layers, 2 * 3),
         **dict.fromkeys(others, 2),
@@ -491,7 +489,7 @@ def test_layers_are_timed_over_the_whole_run_and_it_goes_on_where_it_stopped() -
     firsts = [b for a, b in pairwise(schedule) if b in layers and a not in layers]
     assert Counter(firsts) == {layers[0]: 3, layers[1]: 3}  # none is always the first
     done = schedule[:11]
-    left = _missing(schedule, Counter(repr(task) for task in done), repr)
+    left = still_missing(schedule, Counter(repr(task) for task in done), repr)
     assert left == schedule[11:]
 
 
@@ -502,7 +500,7 @@ def test_layers_lose_what_the_machine_is_slow_at_times() -> None:
     layers = [LayerTask("{}", "float32", 8, n, True) for n in (1, 2)]
     op, rate = GemmTask("float32", 8, 8, 8), RateTask("optimizer", 8)
     link = LinkTask("all_reduce", 2, 8)
-    known = _over_rounds(
+    known = over_rounds(
         {layers[0]: slow_once, layers[1]: quiet, op: slow_once, rate: slow_once, link: slow_once}
     )
     # The means of both layers are 1.25 and 3, 1.0625 times their medians, which keep their ratio.
@@ -510,4 +508,4 @@ def test_layers_lose_what_the_machine_is_slow_at_times() -> None:
     assert known[layers[1]] == Seconds(3 * 1.0625, 0.0, 0.0)
     assert known[op] == known[rate] == Seconds(1.0, 1.0, 0.0)
     assert known[link] == Seconds(1.25, 1.0, 0.1)
-    assert _over_rounds({op: [(2.0, 0.0, 0.0), (1.0, 0.0, 0.0)]})[op].seconds == 1.0
+    assert over_rounds({op: [(2.0, 0.0, 0.0), (1.0, 0.0, 0.0)]})[op].seconds == 1.0

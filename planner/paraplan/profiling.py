@@ -12,11 +12,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +24,6 @@ from paraplan.cluster import Cluster, make_cluster
 from paraplan.cpu_ranks import available_cores
 from paraplan.device import Device, load_device
 from paraplan.errors import InputError
-from paraplan.files import write_atomically
 from paraplan.measure_start import start_imports
 from paraplan.models import ModelSource, model_of_config
 from paraplan.op_table import Dtype
@@ -42,11 +39,9 @@ from paraplan.profile_result import (
     with_layers,
     with_speedup,
 )
+from paraplan.profile_rounds import Kept, over_rounds, schedule_of, still_missing
 from paraplan.profile_tasks import (
-    HostTask,
     LayerTask,
-    LinkTask,
-    RateTask,
     Scope,
     example_models,
     make_tasks,
@@ -68,7 +63,6 @@ QUICK_BEGUN_SECONDS = 5.0
 once where one is all they ever do. With two virtual cores at 55 % of their speed, importing and
 recording took 6 to 8 s instead of 3; two rounds of two processes had ended after 21 s
 (``plan profile --device cpu --gpus 2 --quick``), a round of four processes after 23."""
-SAVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -162,9 +156,11 @@ def profile_machine(
         rounds = 1
     if quick and late and shared(settings):
         often = 1
-    kept = _Kept(partial, _fingerprint(settings))
-    schedule = _schedule(tasks, rounds, often)
-    missing = _missing(schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of)
+    kept = Kept(partial, _fingerprint(settings))
+    schedule = schedule_of(tasks, rounds, often)
+    missing = still_missing(
+        schedule, Counter({key: len(t) for key, t in kept.known.items()}), key_of
+    )
     if meeting is not None:
         place = {task: index for index, task in enumerate(tasks)}
         meeting.told("tasks", json.dumps([place[task] for task in missing]))
@@ -179,7 +175,7 @@ def profile_machine(
         facts = measure_on_ranks(missing, settings, report, meeting)
     finally:
         kept.save()
-    known = _over_rounds({task: kept.known[key_of(task)] for task in tasks})
+    known = over_rounds({task: kept.known[key_of(task)] for task in tasks})
     made = Measurements(
         tasks={task: timing for task, timing in known.items() if task not in set(work.calls)},
         calls=[_memory_call(call, known[call]) for call in work.calls],
@@ -254,68 +250,6 @@ def _work(
     return _Work(base, tuple(tasks), tuple(calls), settings, dtype)
 
 
-def _schedule(tasks: Sequence[Any], rounds: int, often: int) -> list[Any]:
-    """The order of all timings: in each round every task once, and whole layers ``often``.
-
-    What layers lose to a machine that is slow at times is part of every step, so that they are
-    spread over the whole time; and each time another comes first, so that none always finds the
-    caches as single calls have left them.
-    """
-    layers = [task for task in tasks if isinstance(task, LayerTask)]
-    others = [task for task in tasks if not isinstance(task, LayerTask)]
-    part = -(-len(others) // often)
-    parts = [others[i * part : (i + 1) * part] for i in range(often)]
-    turns = [layers[i:] + layers[:i] for i in range(len(layers))] or [[]]
-    slots = zip(rounds * parts, cycle(turns))
-    return [task for each, turn in slots for task in (*each, *turn)]
-
-
-def _missing(
-    schedule: Sequence[Any], known: Counter[str], key_of: Callable[[Any], str]
-) -> list[Any]:
-    """What of the schedule is still to do."""
-    left = []
-    for task in schedule:
-        key = key_of(task)
-        if known[key]:
-            known[key] -= 1
-        else:
-            left.append(task)
-    return left
-
-
-def _over_rounds(timings: Mapping[Any, Sequence[Sequence[float]]]) -> dict[Any, Seconds]:
-    """What each task takes, and the larger of its spread between rounds and inside them.
-
-    What else the machine does makes now this, now that timing longer, and of all steps of a
-    training the mean. So of an op the fastest round counts; of whole layers, which set the level
-    for all ops, the medians, longer by what all their means exceed them; of exchanges the mean;
-    of rates and of the host's work, which nothing sets the level of, the median.
-    """
-    known = {}
-    for task, rounds in timings.items():
-        seconds, spreads, lags = zip(*rounds, strict=True)
-        kind = type(task)
-        middle: Callable[[Sequence[float]], float] = min
-        if kind in (LayerTask, RateTask, HostTask):
-            middle = median
-        elif kind is LinkTask:
-            middle = fmean
-        found = Seconds(
-            middle(seconds),
-            max(median(spreads), (max(seconds) - min(seconds)) / median(seconds)),
-            fmean(lags) if kind in (LayerTask, LinkTask) else median(lags),
-        )
-        known[task] = found
-    for alone in (False, True):
-        layers = [t for t in timings if isinstance(t, LayerTask) and t.alone == alone]
-        if layers:
-            means = sum(fmean(s for s, *_ in timings[t]) for t in layers)
-            level = means / sum(known[t].seconds for t in layers)
-            known |= {t: known[t]._replace(seconds=level * known[t].seconds) for t in layers}
-    return known
-
-
 def _other_dtypes(device: Device) -> tuple[Dtype, ...]:
     """What else the device multiplies, by its profile; ROCm's 8 bits are of another format."""
     found: tuple[Dtype, ...] = ("bfloat16",)
@@ -354,41 +288,6 @@ def _fingerprint(settings: Any) -> str:
     how = [source_digest("measure*.py"), source_digest("profil*.py")]
     parts = [asdict(settings), torch.__version__, *how]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-class _Kept:
-    """What is measured so far, in a file that an interrupted run leaves behind."""
-
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self._path, self._fingerprint = path, fingerprint
-        self._saved = time.monotonic()
-        self.known: dict[str, list[tuple[float, ...]]] = {}
-        if path is not None and path.is_file():
-            with suppress(ValueError, OSError, AttributeError):
-                content = json.loads(path.read_text())
-                if content.get("fingerprint") == fingerprint:
-                    self.known = {
-                        key: [tuple(map(float, timing)) for timing in timings]
-                        for key, timings in content["known"].items()
-                    }
-
-    def add(self, key: str, timing: tuple[float, ...]) -> None:
-        """Keep one more timing of a task; write all every few seconds."""
-        self.known.setdefault(key, []).append(tuple(timing))
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
-
-    def save(self) -> None:
-        """Write what is known."""
-        self._saved = time.monotonic()
-        if self._path is not None and self.known:
-            content = {"fingerprint": self._fingerprint, "known": self.known}
-            write_atomically(self._path, json.dumps(content))
-
-    def forget(self) -> None:
-        """All is measured: the file is no longer needed."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 def _memory_calls(scope: Scope, models: Sequence[tuple[ModelSource, int]]) -> list[RecordedCall]:
