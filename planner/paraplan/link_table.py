@@ -16,8 +16,11 @@ from pydantic import Field
 from paraplan.op_table import Curve
 from paraplan.profile_types import Frozen
 
-Shape = tuple[str, int, int | None]
-"""Kind of a collective, ranks of the group, and those of each node."""
+Shape = tuple[int, int | None]
+"""Ranks of a group, and those of each node; None where one node has all."""
+
+Exchange = tuple[str, int, int | None]
+"""Kind of a collective, and the shape of its group."""
 
 LinkKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "transfer"]
 
@@ -45,8 +48,8 @@ class MeasuredCollective(Frozen):
 class LinkTable:
     """Curves of bytes per second over bytes, by kind and shape of the group."""
 
-    rates: dict[Shape, Curve]
-    shortest: dict[Shape, float]
+    rates: dict[Exchange, Curve]
+    shortest: dict[Exchange, float]
 
     def seconds(
         self, kind: str, ranks: int, per_node: int | None, message_bytes: float
@@ -71,12 +74,12 @@ class LinkTable:
 
 def make_link_table(measured: Iterable[MeasuredCollective]) -> LinkTable:
     """Index measured collectives."""
-    points: dict[Shape, dict[int, float]] = {}
+    points: dict[Exchange, dict[int, float]] = {}
     for one in measured:
         shape = (one.kind, one.ranks, one.per_node)
         points.setdefault(shape, {})[one.message_bytes] = one.seconds
-    rates: dict[Shape, Curve] = {}
-    shortest: dict[Shape, float] = {}
+    rates: dict[Exchange, Curve] = {}
+    shortest: dict[Exchange, float] = {}
     for name, known in points.items():
         sizes = sorted(known)
         values = tuple(log(size / known[size]) for size in sizes)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paraplan.link_table import Shape
 from paraplan.measure_calls import RecordedCall, replay
 from paraplan.measure_clock import (
     CACHES,
@@ -41,10 +42,6 @@ does between the calls of a model."""
 
 MOST_LAYER_COPIES = 3
 """A layer's own weights and activations push its input out of the cache already."""
-
-
-Shape = tuple[int, int | None]
-"""Ranks of a group, and those of each node; None where one node has all."""
 
 
 class RandomPool:

@@ -21,10 +21,11 @@ from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr
 
 from paraplan.cpu_ranks import available_cores, keep_freed_memory
 from paraplan.errors import InputError
+from paraplan.link_table import Shape
 from paraplan.measure_calls import RecordedCall
 from paraplan.measure_clock import Clock, Timing
 from paraplan.measure_nodes import Meeting, connect
-from paraplan.measure_ops import Bench, RandomPool, Shape, measure
+from paraplan.measure_ops import Bench, RandomPool, measure
 from paraplan.measure_start import start_imports
 from paraplan.profile_tasks import Task, link_groups
 

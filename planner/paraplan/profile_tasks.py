@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from paraplan.link_table import LinkKind
+from paraplan.link_table import LinkKind, Shape
 from paraplan.op_table import Dtype
 
 
@@ -188,10 +188,10 @@ def _attention_tasks(scope: Scope) -> list[Task]:
     return tasks
 
 
-def link_groups(ranks: int, nodes: int) -> list[tuple[int, int | None]]:
+def link_groups(ranks: int, nodes: int) -> list[Shape]:
     """(ranks, per node) of the groups that layouts use: inside a node, then between nodes."""
     per_node = ranks // nodes
-    inside: list[tuple[int, int | None]] = [(n, None) for n in _divisors(per_node) if n > 1]
+    inside: list[Shape] = [(n, None) for n in _divisors(per_node) if n > 1]
     between = product((n for n in _divisors(nodes) if n > 1), _divisors(per_node))
     return inside + [(n * each, each) for n, each in between]
 
