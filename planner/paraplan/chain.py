@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from paraplan.block_cost import BlockCost
 from paraplan.cluster import Cluster
-from paraplan.collectives import transfer_seconds
-from paraplan.data_traffic import Numerics
+from paraplan.collectives import collective_seconds, transfer_seconds
+from paraplan.data_traffic import Numerics, tensor_group
 from paraplan.device import Device
 from paraplan.engine import RUNTIME, Engine
 from paraplan.graph import Amount, ModelGraph, Recompute, cut_amounts
@@ -142,5 +142,12 @@ class ChainCost:
         per_node = self.cluster.devices_per_node
         done = stage + 1 - self.first_stage  # the last stage of a kind ends its last node
         crosses = size >= per_node or bool(per_node % size) or (done * size) % per_node == 0
-        size_bytes = self.cut_bytes[position]
-        return transfer_seconds(size_bytes, between_nodes=crosses, cluster=self.cluster)
+        size_bytes, gathers = self.cut_bytes[position], 0.0
+        layout = self.layout
+        sliced = self.engine.slices_transfers and not layout.sequence_parallel
+        if sliced and crosses and layout.tensor > 1:
+            group = tensor_group(layout, self.cluster)
+            gathers = collective_seconds("all_gather", size_bytes, group, self.cluster)
+            size_bytes /= layout.tensor
+        sent = transfer_seconds(size_bytes, between_nodes=crosses, cluster=self.cluster)
+        return sent + gathers

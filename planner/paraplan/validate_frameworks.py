@@ -28,6 +28,8 @@ class Framework:
         kernels: of norms, activations, residual additions and the loss: eager torch, kernels
             written by hand, or torch.compile and XLA.
         fused_norm: norms are one kernel even where the rest is eager.
+        reruns_head: full recompute reruns the head's product and the gathering of its logits, for
+            the head is a layer as the others are.
         gated, tied: of its models, where it has one kind only; else the parameter count decides.
         fused_loss: cross entropy is one kernel that leaves its gradient in the logits.
         whole_logits: tensor ranks gather the logits, and each computes the loss over all of them.
@@ -36,12 +38,15 @@ class Framework:
         exchange_calls: the same for each of a layer's tensor exchanges in the forward.
         gradient_bytes: moved for each parameter to add a micro-batch's gradient to the sum; 0
             where the product's own kernel adds it.
+        sum_reduce_bytes: moved for each parameter by the reduction where gradients are summed in
+            fp32; twice 4 where they are all-reduced although each rank needs its shard alone.
         attention: implementation where a row says only ``flash``.
         gathers_again: the backward gathers the inputs of column-parallel products again.
         keeps_scattered: the outputs of row-parallel products stay until the backward, scattered.
         pending_bytes: of each token and hidden element that wait for the tensor exchanges' stream
             at most, the host being ahead; without and with a pipeline, whose transfers hold it.
-        balanced: stages are cut by cost, else by number of layers.
+        cuts: stages hold equal numbers of layers, or are of about equal cost (`cost_cuts`), or
+            the largest has as few parameters as possible.
         crowded_wait_seconds: of each pipeline transfer in a run that needs more than its devices
             have: for its buffer the allocator returns memory and waits for the device.
         crowded_nodes: from how many nodes on every run's transfers wait so, full devices or not.
@@ -56,16 +61,18 @@ class Framework:
     fused_norm: bool = False
     fused_loss: bool = False
     whole_logits: bool = False
+    reruns_head: bool = False
     gated: bool | None = None
     tied: bool | None = None
     calls: int = 20
     exchange_calls: int = 0
     gradient_bytes: int = 0
+    sum_reduce_bytes: int = 4
     attention: str = "flash-attention-2"
     gathers_again: bool = False
     keeps_scattered: bool = False
     pending_bytes: tuple[int, int] = (0, 0)
-    balanced: bool = False
+    cuts: Literal["layers", "cost", "parameters"] = "layers"
     crowded_wait_seconds: float = 0.0
     crowded_nodes: float = math.inf
     waits: bool = False
@@ -84,7 +91,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         gathers_again=True,
         keeps_scattered=True,
         pending_bytes=(64, 8),  # both: docs/accuracy.md, "nanotron's memory"
-        balanced=True,
+        cuts="cost",
         crowded_wait_seconds=0.265,  # both: docs/accuracy.md, "Two modes of nanotron"
         crowded_nodes=64,
         waits=True,
@@ -99,12 +106,14 @@ FRAMEWORKS: tuple[Framework, ...] = (
         calls=36,
         exchange_calls=3,
         gradient_bytes=6,
+        sum_reduce_bytes=8,  # its BF16_Optimizer: buffered_allreduce_fallback
         engine=Engine(
             copies=False,
             overlaps_data=False,
             reduce_bytes=2,
             gradient_bytes=2,
             buffer_bytes=3e9,
+            slices_transfers=True,
             reruns_whole=True,
         ),
     ),
@@ -121,6 +130,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
             overlaps_data=False,
             gradient_bytes=4,
             standing_gradient_bytes=4,
+            slices_transfers=True,
             reruns_whole=True,
             hidden_tensor=0.4,
             keeps_outputs=False,
@@ -137,6 +147,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
             overlaps_data=False,
             gradient_bytes=4,
             standing_gradient_bytes=4,
+            slices_transfers=True,
             reruns_whole=True,
             copies=False,
         ),
@@ -147,6 +158,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
         gated=True,
         tied=False,
         whole_logits=True,
+        reruns_head=True,  # its ParallelModule.forward
+        cuts="parameters",
         calls=40,
         gradient_bytes=6,  # bf16, as the sum
         engine=Engine(

@@ -257,15 +257,18 @@ def _head(sizes: ModelSizes, tensor: int) -> BlockVariant:
     """Norm, logits and loss in fp32 (cast, largest, exponential and sum, gradient in place)."""
     s, h, columns = sizes.sequence_length, sizes.hidden, sizes.vocab // tensor
     x, whole = 2 * s * h, sizes.framework.whole_logits
+    logits = product(sizes, columns, h, sizes.dtype)
+    again = [logits[0].model_copy(update={"phase": "backward", "reruns": ()})]
     ops = [
         *norm_ops(sizes, ALL),
-        *product(sizes, columns, h, sizes.dtype),
+        *logits,
+        *(again if sizes.head_twice else ()),
         *loss_ops(sizes, sizes.vocab if whole else columns),
     ]
     saved, peak = _loss_bytes(sizes, tensor)
     exchanges = _exchanges(per_sequence(x), 0, 1)
     if whole:  # a gather moves half of what a reduction of as much does
-        exchanges += _exchanges(per_sequence(s * sizes.vocab), 1, 0)
+        exchanges += _exchanges(per_sequence(s * sizes.vocab), 1, int(sizes.head_twice))
     kept = Saved(sharded=per_sequence(saved), replicated=per_sequence(2 * x))
     return BlockVariant(
         ops=tuple(ops),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, combinations
 
 from paraplan.chain import ChainCost
 from paraplan.cluster import Cluster
@@ -11,6 +14,7 @@ from paraplan.engine import Engine
 from paraplan.layout import Layout, Schedule
 from paraplan.partition import Cuts, Staged
 from paraplan.validate_frameworks import Framework
+from paraplan.validate_graph import parameter_count
 from paraplan.validate_model import tensor_reason
 from paraplan.validate_ops import ModelSizes
 from paraplan.validate_rows import Row, Unusable
@@ -38,7 +42,7 @@ def layout_of(row: Row, sizes: ModelSizes) -> Layout:
         raise Unusable("global batch does not divide over dp * micro_batch")
     if tensor_reason(sizes, tensor):
         raise Unusable("heads or ffn do not divide over tp")
-    if pipeline > sizes.layers and not sizes.framework.balanced:
+    if pipeline > sizes.layers and sizes.framework.cuts == "layers":
         raise Unusable("more stages than layers")
     virtual = row.count("vp", 1) if pipeline > 1 else 1
     schedule: Schedule = "none" if pipeline == 1 else "1f1b"
@@ -135,10 +139,36 @@ def cost_cuts(sizes: ModelSizes, stages: int) -> Cuts:
     return (*cuts, len(blocks))
 
 
+def parameter_cuts(sizes: ModelSizes, stages: int) -> Cuts:
+    """The least parameters in the largest stage, each stage filled from the front (Aleph Alpha)."""
+    layer = (parameter_count(sizes) - 2 * sizes.vocab * sizes.hidden) // sizes.layers
+    ends = sizes.vocab * sizes.hidden
+    before = tuple(accumulate([ends, *(layer,) * sizes.layers, ends], initial=0))
+    sums = sorted({b - a for a, b in combinations(before, 2)})
+    room = sums[bisect_left(sums, True, key=lambda room: len(_filled(before, room)) <= stages + 1)]
+    return _filled(before, room)
+
+
+def _filled(before: Sequence[int], room: int) -> Cuts:
+    """Cuts into as few stages as hold no more than ``room`` each; one block at the least.
+
+    Args:
+        before: sums of the blocks in front of each position, and of all.
+    """
+    cuts = [0]
+    while cuts[-1] < len(before) - 1:
+        end = bisect_right(before, before[cuts[-1]] + room) - 1
+        cuts.append(max(end, cuts[-1] + 1))
+    return tuple(cuts)
+
+
 def cuts_of(sizes: ModelSizes, layout: Layout) -> Cuts:
     """Where the run's stages began."""
-    if sizes.framework.balanced and layout.pipeline > 1:
+    counted = sizes.framework.cuts
+    if counted == "cost" and layout.pipeline > 1:
         return cost_cuts(sizes, layout.pipeline)
+    if counted == "parameters":
+        return parameter_cuts(sizes, layout.pipeline)
     return equal_cuts(sizes.layers, layout.pipeline * layout.virtual_stages)
 
 

@@ -30,15 +30,24 @@ CLUSTERS: tuple[tuple[str, str], ...] = (
     ("mi355x", "mi355x-8"),
 )
 
+OMNIPATH_SHARE = 0.405 / 0.92
+"""Of an InfiniBand card of the same rate: NCCL moves 40.5 of a card's 100 Gb/s, both channels of
+the ring on one card (4 GB all-reduced by 32 A100 of 4 nodes in 1.531 s, 4 nodes of 4 in 1.505 s:
+bigscience-workshop/bigscience, experiments/bandwidth/*a100*.txt), 0.92 of InfiniBand's."""
+
 
 def node_bytes_per_second(network: str) -> float | None:
-    """Bandwidth of a node, each direction, from text such as ``8x400Gb/s`` or ``4xHDR200``."""
+    """Bandwidth of a node, each direction, from text such as ``8x400Gb/s`` or ``4xHDR200``.
+
+    It is what InfiniBand would need to be as fast, for that is the profiles' network.
+    """
     text = network.lower().split("compute:")[-1].split("management:")[0]
     text = re.sub(r"\(.*?\)", "", text)
     cards = r"(?:connectx-\d\s+|bf3\s+|mt\w+\s+|bluefield-3\s+|ib\s+)*(?:hdr|ndr|xdr|omnipath)?"
     found = re.search(rf"(\d+)\s*x\s*{cards}\s*(\d{{3}})(?!\d|gbase)", text)
     if found:
-        return int(found[1]) * int(found[2]) * 1e9 / 8
+        share = OMNIPATH_SHARE if "omnipath" in found[0] else 1.0
+        return share * int(found[1]) * int(found[2]) * 1e9 / 8
     found = re.search(r"([\d.]+)\s*(g|t)b/s[^,;]*(?:/|per )node", text)
     if found:
         return float(found[1]) * (1e9 if found[2] == "g" else 1e12) / 8

@@ -74,6 +74,7 @@ def sizes_of(row: Row) -> ModelSizes:
         fused_softmax=_fused_softmax(row, framework),
         selective=_selective(row),
         framework=framework,
+        head_twice=framework.reruns_head and row.text("recompute") == "full",
         adapter=LORA_RANK if row.text("task") == "lora" else 0,
         experts=experts if experts > 1 else 0,
         chosen=row.count("top_k") if experts > 1 else 0,
@@ -102,7 +103,8 @@ def run_framework(row: Row) -> Framework:
     if "cuda_launch_blocking=1" in notes:
         engine = replace(engine, blocking=True)
     if "fp32 grad accum" in row.text("precision") and found.engine.gradient_bytes == 2:
-        engine = replace(engine, gradient_bytes=6, standing_gradient_bytes=4, reduce_bytes=4)
+        reduced = found.sum_reduce_bytes
+        engine = replace(engine, gradient_bytes=6, standing_gradient_bytes=4, reduce_bytes=reduced)
     if "pure" in row.text("precision"):
         engine = replace(engine, reduce_bytes=2)
     if "async tp" in notes or "asynctp" in notes:

@@ -39,6 +39,7 @@ class ModelSizes:
             but matrix products and attention (torch's selective checkpointing), or every second
             product too (torchtitan's ``selective(op)``).
         head_size: elements of one attention head; 0: the hidden size divided among the heads.
+        head_twice: the backward reruns the head's product and the gathering of its logits.
         experts, chosen: of each layer, and those that a token goes to; 0 without experts.
             ``ffn`` is then the inner size of one.
     """
@@ -62,6 +63,7 @@ class ModelSizes:
     selective: Literal["core", "pointwise", "half"] = "core"
     framework: Framework = PLAIN
     head_size: int = 0
+    head_twice: bool = False
     experts: int = 0
     chosen: int = 0
 
