@@ -36,6 +36,8 @@ class Framework:
         calls: launches of a layer's forward that are listed nowhere as ops (views, casts, copies,
             random states, the Python between them); a backward has twice as many.
         exchange_calls: the same for each of a layer's tensor exchanges in the forward.
+        adapters, adapter_dropout: of a run of task ``lora``: beside queries, keys and values, or
+            beside both of attention's projections; with dropout of their inputs.
         gradient_bytes: moved for each parameter to add a micro-batch's gradient to the sum; 0
             where the product's own kernel adds it.
         sum_reduce_bytes: moved for each parameter by the reduction where gradients are summed in
@@ -66,6 +68,8 @@ class Framework:
     tied: bool | None = None
     calls: int = 20
     exchange_calls: int = 0
+    adapters: Literal["qkv", "attention"] = "attention"
+    adapter_dropout: bool = True
     gradient_bytes: int = 0
     sum_reduce_bytes: int = 4
     attention: str = "flash-attention-2"
@@ -78,6 +82,24 @@ class Framework:
     waits: bool = False
     engine: Engine = RUNTIME
 
+
+CORE = Framework(
+    "Megatron Core and Transformer Engine",
+    words=("megatron", "mlperf", "dgxc", "distributed-optimizer", "(te)", "cudnn"),
+    kernels="fused",
+    calls=20,
+    attention="cudnn",
+    # User buffers: tensor exchanges in pieces beside the products. Gradients stay in bf16.
+    engine=Engine(
+        copies=False,
+        hidden_tensor=0.6,
+        reduce_bytes=2,
+        gradient_bytes=2,
+        standing_gradient_bytes=2,
+        shards_context=True,
+        keeps_outputs=False,
+    ),
+)
 
 FRAMEWORKS: tuple[Framework, ...] = (
     Framework(
@@ -200,23 +222,9 @@ FRAMEWORKS: tuple[Framework, ...] = (
         attention="cudnn",
         engine=Engine(copies=False),
     ),
-    Framework(
-        "Megatron Core and Transformer Engine",
-        words=("megatron", "nemo", "mlperf", "dgxc", "distributed-optimizer", "(te)", "cudnn"),
-        kernels="fused",
-        calls=20,
-        attention="cudnn",
-        # User buffers: tensor exchanges in pieces beside the products. Gradients stay in bf16.
-        engine=Engine(
-            copies=False,
-            hidden_tensor=0.6,
-            reduce_bytes=2,
-            gradient_bytes=2,
-            standing_gradient_bytes=2,
-            shards_context=True,
-            keeps_outputs=False,
-        ),
-    ),
+    # The defaults of its recipes for adapters; MLPerf's benchmark has its own.
+    replace(CORE, name="NeMo", words=("nemo",), adapters="qkv", adapter_dropout=False),
+    CORE,
 )
 """First match counts."""
 

@@ -24,6 +24,7 @@ from paraplan.validate_ops import (
     ALL,
     CORE,
     ModelSizes,
+    adapter_ops,
     attention_ops,
     element_bytes,
     expert_ops,
@@ -123,6 +124,8 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     ops = [*norm_ops(sizes, pointwise), *product(sizes, width, h, dtype)]
     ops += attention_ops(sizes, tensor)
     ops += product(sizes, h, sizes.heads * d // tensor, dtype)
+    if sizes.adapter:
+        ops += adapter_ops(sizes, tensor, width)
     ops += norm_ops(sizes, pointwise)
     if sizes.experts:
         ops += expert_ops(sizes, ffn)
@@ -145,7 +148,7 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
         expert_parameters=_expert_parameters(sizes, tensor),
         saved=saved,
         peak_bytes=(per_sequence(peak),),
-        collectives=_exchanges(message, 2, 2) if tensor > 1 else (),
+        collectives=_layer_exchanges(sizes, message) if tensor > 1 else (),
         # Each tensor rank sends the tokens of its part of the sequence.
         expert_dispatch_bytes=per_sequence(2 * s * h * sizes.chosen // tensor),
     )
@@ -170,6 +173,14 @@ def _exchanges(message: Amount, forward: int, backward: int) -> tuple[Collective
     return (Collective(phase="forward", message_bytes=message),) * forward + (
         Collective(phase="backward", message_bytes=message),
     ) * backward
+
+
+def _layer_exchanges(sizes: ModelSizes, message: Amount) -> tuple[Collective, ...]:
+    """Of the tensor ranks. An adapter in front of a projection gathers its input once more, one
+    behind it its output; a gather moves half of what a reduction of as much does."""
+    adapters = 0 if not sizes.adapter else 2 if sizes.framework.adapters == "attention" else 1
+    half = Amount(message.fixed // 2, message.per_sequence // 2)
+    return _exchanges(message, 2, 2) + _exchanges(half, adapters, adapters)
 
 
 def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dict[Recompute, Saved]:

@@ -128,13 +128,23 @@ def both_ways(
 
 
 def product(
-    sizes: ModelSizes, n: int, k: int, dtype: str, reruns: tuple[Recompute, ...] = ALL
+    sizes: ModelSizes,
+    n: int,
+    k: int,
+    dtype: str,
+    reruns: tuple[Recompute, ...] = ALL,
+    *,
+    frozen: bool | None = None,
 ) -> list[Op]:
     """A linear layer of ``tokens`` rows per sequence: forward, and its two gradients.
 
     A frozen weight has no gradient; a trained one adds it to the sum over micro-batches.
+
+    Args:
+        frozen: None: beside adapters.
     """
     tokens, gradient_bytes = sizes.sequence_length, sizes.framework.gradient_bytes
+    frozen = bool(sizes.adapter) if frozen is None else frozen
     rows, size = per_sequence(tokens), element_bytes(dtype)
     inputs, weights = per_sequence(size * tokens * k), Amount(round(size * n * k))
     outputs = per_sequence(2 * tokens * n)
@@ -152,25 +162,63 @@ def product(
     fields = {"phase": "backward", "reruns": ()}
     data = forward.model_copy(update={**fields, "dims": (one, rows, inner, columns)})
     weight = forward.model_copy(update={**fields, "dims": (one, columns, inner, rows)})
-    made = [forward, data] if sizes.adapter else [forward, data, weight]
-    if gradient_bytes and not sizes.adapter:
+    made = [forward, data] if frozen else [forward, data, weight]
+    if gradient_bytes and not frozen:
         moved = Amount(gradient_bytes * n * k)
         made.append(
             memory_op("add_gradient", "backward", 0, 0).model_copy(update={"read_bytes": moved})
         )
-    return made + (_casts(tokens, n, k) if dtype in NARROW else [])
+    return made + (_casts(tokens, n, k, 1 if frozen else 2) if dtype in NARROW else [])
 
 
-def _casts(tokens: int, n: int, k: int) -> list[Op]:
-    """Inputs and output gradients of an fp8 product are cast once, with their transpose.
+def _casts(tokens: int, n: int, k: int, copies: int) -> list[Op]:
+    """Inputs and output gradients of an fp8 product are cast once.
 
     Weights are cast once a step, by the optimizer (Transformer Engine's default with
     accumulation): left out.
+
+    Args:
+        copies: 2 with the transpose, which the weight's gradient needs.
     """
     return [
-        memory_op("cast", "forward", 2 * tokens * k, 2 * tokens * k),
-        memory_op("cast", "backward", 2 * tokens * n, 2 * tokens * n),
+        memory_op("cast", "forward", 2 * tokens * k, copies * tokens * k),
+        memory_op("cast", "backward", 2 * tokens * n, copies * tokens * n),
     ]
+
+
+def adapter_ops(sizes: ModelSizes, tensor: int, width: int) -> list[Op]:
+    """Low-rank adapters of attention's projections, as NeMo computes them beside those.
+
+    Dropout of the input (2 + 2 + 1 bytes an element, 1 + 2 + 2 backward), a product into the rank
+    and one out of it, the output scaled (2 + 2, 2 + 2) and added (2 + 2 + 2), the input's
+    gradient added (2 + 2 + 2).
+
+    Args:
+        width: of queries, keys and values of one tensor rank.
+    """
+    s, h, rank = sizes.sequence_length, sizes.hidden, sizes.adapter
+    joined = sizes.heads * sizes.head_dim // tensor
+    # Elements in and out, and what each product sees of them; what enters or leaves the tensor
+    # ranks is divided along the sequence.
+    places = [(s * h, s * width, h, width, True)]
+    if sizes.framework.adapters == "attention":
+        places.append((s * joined, s * h, joined, h // tensor, False))
+    made: list[Op] = []
+    for read, added, inputs, outputs, enters in places:
+        if sizes.framework.adapter_dropout:
+            made += [
+                memory_op("dropout", "forward", 2 * read, 3 * read, replicated=enters),
+                memory_op("dropout_backward", "backward", 3 * read, 2 * read, replicated=enters),
+            ]
+        made += [
+            *product(sizes, rank, inputs, sizes.dtype, frozen=False),
+            *product(sizes, outputs, rank, sizes.dtype, frozen=False),
+            memory_op("scale", "forward", 2 * added, 2 * added, replicated=not enters),
+            memory_op("add", "forward", 4 * added, 2 * added, replicated=not enters),
+            memory_op("scale_backward", "backward", 2 * added, 2 * added, replicated=not enters),
+            memory_op("add_backward", "backward", 4 * read, 2 * read, replicated=enters),
+        ]
+    return made
 
 
 def expert_ops(sizes: ModelSizes, ffn: int) -> list[Op]:
