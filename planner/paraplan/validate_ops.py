@@ -416,7 +416,7 @@ def loss_ops(sizes: ModelSizes, columns: int) -> list[Op]:
     tokens = sizes.sequence_length * columns
     if sizes.framework.fused_loss:
         return both_ways("loss", 2 * tokens, 4 * tokens)
-    forward, backward = (18, 14) if sizes.framework.kernels != "eager" else (38, 14)
+    forward, backward = (18, 14) if sizes.framework.kernels == "compiled" else (38, 14)
     return both_ways("loss", forward * tokens, backward * tokens)
 
 
