@@ -29,9 +29,9 @@ class Engine:
         bucket_bytes: gradients and parameters are exchanged in pieces of that size; 0: by block.
         keeps_outputs: a pipeline stage holds its output until that micro-batch's backward, as
             torch's do (Megatron frees it once it is sent: Korthikanti et al. 2022, appendix B).
-        slices_transfers: each tensor rank sends a slice of what all of them have to the next stage's
-            node, whose tensor ranks gather it (Narayanan et al. 2021, section 4.1; DeepSpeed's
-            pipeline does the same).
+        slices_transfers: each tensor rank sends a slice of what all of them have to the next
+            stage's node, whose tensor ranks gather it (Narayanan et al. 2021, section 4.1;
+            DeepSpeed's pipeline does the same).
         reruns_whole: full recompute reruns a layer's last exchange too.
         copies: parameters and gradients are copied out of and into messages (`data_copies`).
     """

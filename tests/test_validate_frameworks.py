@@ -1,0 +1,178 @@
+"""What published runs' frameworks do that their layouts do not say."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+from random import Random
+
+import pytest
+from made_rows import row
+
+from paraplan.collectives import collective_seconds, transfer_seconds
+from paraplan.data_traffic import tensor_group
+from paraplan.graph import Op, op_flops
+from paraplan.problem import Problem, chain_cost
+from paraplan.validate_frameworks import framework_of
+from paraplan.validate_graph import closed_form_graph, parameter_count
+from paraplan.validate_layout import layout_of, parameter_cuts
+from paraplan.validate_machines import OMNIPATH_SHARE, Machines, node_bytes_per_second
+from paraplan.validate_model import sizes_of
+from paraplan.validate_ops import ModelSizes
+from paraplan.validate_predict import predict
+from paraplan.workload import make_workload
+
+GIGABITS = 1e9 / 8
+
+
+def test_omnipath_moves_what_was_measured_on_it() -> None:
+    """4 GB summed by 32 ranks in 1.531 s: 2 * 31 / 32 of it crossed one card of 100 Gb/s."""
+    measured = 4e9 / 1.531 * 2 * 31 / 32
+    assert pytest.approx(OMNIPATH_SHARE * 0.92, rel=0.01) == measured / (100 * GIGABITS)
+    found = node_bytes_per_second("4xOmniPath100/node")
+    assert found == pytest.approx(OMNIPATH_SHARE * 400 * GIGABITS)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_parameter_cuts_are_the_best_of_all(seed: int) -> None:
+    """No cut into as many runs of blocks has a largest stage with fewer parameters."""
+    draw = Random(seed)
+    layers, stages = draw.randint(1, 12), draw.randint(1, 6)
+    vocab = draw.choice([1024, 32768, 262144])
+    sizes = sizes_of(row(layers=str(layers), vocab=str(vocab), params_b=""))
+    each = (parameter_count(sizes) - 2 * vocab * sizes.hidden) // layers
+    blocks = [vocab * sizes.hidden, *(each,) * layers, vocab * sizes.hidden]
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        return max(sum(blocks[a:b]) for a, b in pairwise(cuts))
+
+    found = parameter_cuts(sizes, stages)
+    assert found[0] == 0 and found[-1] == len(blocks)
+    assert len(found) - 1 <= stages
+    inner = combinations(range(1, len(blocks)), min(stages, len(blocks)) - 1)
+    assert largest(found) == min(largest((0, *some, len(blocks))) for some in inner)
+
+
+def test_aleph_alphas_stages() -> None:
+    """65 B over 8: ten and eleven layers, the last stage five and the head."""
+    sizes = sizes_of(
+        row(
+            source="Aleph Alpha",
+            params_b="",
+            layers="80",
+            hidden="8192",
+            ffn="22016",
+            heads="64",
+            kv_heads="64",
+            vocab="128000",
+        )
+    )
+    assert parameter_cuts(sizes, 8) == (0, 10, 21, 32, 43, 54, 65, 76, 82)
+
+
+def _transfer(source: str, tensor: int, sequence_parallel: str = "0") -> float:
+    cells = {"n_gpus": "64", "tp": str(tensor), "pp": "8", "dp": str(8 // tensor)}
+    one = row(source=source, sequence_parallel=sequence_parallel, **cells)
+    sizes = sizes_of(one)
+    cluster, device = Machines().of(one)
+    layout = layout_of(one, sizes)
+    problem = Problem(
+        graph=closed_form_graph(sizes, tensor),
+        cluster=cluster,
+        device=device,
+        workload=make_workload(
+            sequence_length=sizes.sequence_length,
+            devices=cluster.devices,
+            global_batch=16,
+            precision="bf16",
+        ),
+        capacity_bytes=device.memory_capacity_bytes.value,
+        engine=sizes.framework.engine,
+    )
+    return chain_cost(problem, layout).transfer_seconds(0, 3)
+
+
+def test_slices_are_sent_and_gathered() -> None:
+    """Megatron-LM's tensor ranks send a slice each; others, and sequence parallelism, do not."""
+    one = row(n_gpus="64", tp="8", pp="8", dp="1")
+    sizes = sizes_of(one)
+    cluster, _ = Machines().of(one)
+    whole = 2 * sizes.sequence_length * sizes.hidden
+    sent = [transfer_seconds(whole / n, between_nodes=True, cluster=cluster) for n in (1, 8)]
+    group = tensor_group(layout_of(one, sizes), cluster)
+    gathered = collective_seconds("all_gather", whole, group, cluster)
+    assert _transfer("Korthikanti", 8) == pytest.approx(sent[1] + gathered)
+    assert _transfer("Korthikanti", 8, "1") == pytest.approx(sent[1])
+    assert _transfer("Korthikanti", 1) == pytest.approx(sent[0])
+    assert _transfer("Aleph Alpha", 8) == pytest.approx(sent[0])
+
+
+def _flops(sizes: ModelSizes, phase: str) -> float:
+    ops = closed_form_graph(sizes, 1).blocks["head"].variants[1].ops
+    return sum(op_flops(op, 1) * op.count for op in ops if op.phase == phase)
+
+
+def test_aleph_alphas_head_is_rerun_as_its_layers_are() -> None:
+    none, full = (sizes_of(row(source="Aleph Alpha", recompute=r)) for r in ("none", "full"))
+    logits = 2 * none.sequence_length * none.hidden * none.vocab
+    assert _flops(full, "forward") == _flops(none, "forward") == logits
+    assert _flops(full, "backward") == _flops(none, "backward") + logits
+    exchanges = [
+        closed_form_graph(sizes, 2).blocks["head"].variants[2].collectives for sizes in (none, full)
+    ]
+    assert len(exchanges[1]) == len(exchanges[0]) + 1
+    others = sizes_of(row(source="Megatron", recompute="full"))
+    assert _flops(others, "backward") == 2 * logits
+
+
+def test_bf16_sums_of_deepspeed_are_all_reduced() -> None:
+    """Twice what a reduce-scatter of the same sums moves, so a longer step on a slow network."""
+    cells = {"precision": "bf16 (fp32 grad accum)", "network": "1x100Gb/s", "n_gpus": "64"}
+    cells |= {"tp": "8", "pp": "1", "dp": "8", "gpu": "A100-80GB-SXM"}
+    scattered, summed = (
+        sizes_of(row(source=source, **cells)).framework.engine.reduce_bytes
+        for source in ("NeMo", "Megatron-DeepSpeed")
+    )
+    assert (scattered, summed) == (4, 8)
+    pure = predict(row(source="Megatron-DeepSpeed", **cells | {"precision": "bf16"}))
+    assert predict(row(source="Megatron-DeepSpeed", **cells)).predicted_s > pure.predicted_s
+
+
+def _layer_ops(tensor: int = 1, **cells: str) -> tuple[Op, ...]:
+    sizes = sizes_of(row(task="lora", **cells))
+    return closed_form_graph(sizes, tensor).blocks["layer"].variants[tensor].ops
+
+
+def test_adapters_are_computed_beside_frozen_projections() -> None:
+    """Rank 16 in front of queries, keys and values and behind attention: six products each."""
+    rank, hidden, tokens = 16, 2048, 2048
+    narrow = [op for op in _layer_ops() if op.kind == "gemm" and rank in [d.fixed for d in op.dims]]
+    each = 2 * tokens * rank * (hidden + 3 * hidden) + 2 * tokens * rank * (hidden + hidden)
+    assert sum(op_flops(op, 1) for op in narrow) == 3 * each
+    assert sum("dropout" in op.name for op in _layer_ops()) == 4
+    nemos = _layer_ops(source="NVIDIA NeMo")
+    assert not any("dropout" in op.name for op in nemos)
+    products = [op for op in nemos if op.kind == "gemm" and rank in [d.fixed for d in op.dims]]
+    assert sum(op_flops(op, 1) for op in products) == 3 * 2 * tokens * rank * 4 * hidden
+
+
+def test_adapters_gather_once_more_each() -> None:
+    """A reduction and its other half of each projection, and half of one for each adapter."""
+    full = 2 * 2048 * 2048
+    for source, halves in (("MLPerf", 2), ("NVIDIA NeMo", 1)):
+        sizes = sizes_of(row(task="lora", source=source))
+        exchanges = closed_form_graph(sizes, 2).blocks["layer"].variants[2].collectives
+        sizes_sent = sorted(c.message_bytes.per_sequence for c in exchanges)
+        assert sizes_sent == [full // 2] * 2 * halves + [full] * 4
+
+
+def test_first_match_is_the_more_special_framework() -> None:
+    names = {
+        text: framework_of((text,), compiled=False).name
+        for text in ("nvidia nemo", "mlperf", "vtrain, megatron-deepspeed", "aleph alpha")
+    }
+    assert names == {
+        "nvidia nemo": "NeMo",
+        "mlperf": "Megatron Core and Transformer Engine",
+        "vtrain, megatron-deepspeed": "Megatron-DeepSpeed",
+        "aleph alpha": "Aleph Alpha scaling",
+    }
