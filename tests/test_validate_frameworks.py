@@ -10,11 +10,12 @@ from made_rows import row
 
 from paraplan.collectives import collective_seconds, transfer_seconds
 from paraplan.data_traffic import tensor_group
+from paraplan.device import load_device
 from paraplan.graph import Op, op_flops
 from paraplan.problem import Problem, chain_cost
 from paraplan.validate_frameworks import framework_of
 from paraplan.validate_graph import closed_form_graph, parameter_count
-from paraplan.validate_layout import layout_of, parameter_cuts
+from paraplan.validate_layout import layout_of, parameter_cuts, part_seconds
 from paraplan.validate_machines import OMNIPATH_SHARE, Machines, node_bytes_per_second
 from paraplan.validate_model import sizes_of
 from paraplan.validate_ops import ModelSizes
@@ -163,6 +164,25 @@ def test_adapters_gather_once_more_each() -> None:
         exchanges = closed_form_graph(sizes, 2).blocks["layer"].variants[2].collectives
         sizes_sent = sorted(c.message_bytes.per_sequence for c in exchanges)
         assert sizes_sent == [full // 2] * 2 * halves + [full] * 4
+
+
+def test_zero3_of_2021_exchanges_parts() -> None:
+    """32 micro-batches gather and reduce 65 weights of 64 ranks, a view and a copy each."""
+    count = 16 * 12 * 2048**2 + 32768 * 2048
+    cells = {"n_gpus": "64", "tp": "1", "pp": "1", "dp": "64", "params_b": str(count / 1e9)}
+    cells |= {"global_batch": "2048", "micro_batch": "1", "gpu": "A100-80GB-SXM"}
+    old = row(source="SC'21", zero_or_fsdp="zero3", **cells)
+    sizes, call = sizes_of(old), load_device("a100-80gb-sxm").host_launch_seconds.value
+    assert sizes.tied and not sizes.gated
+    layout = layout_of(old, sizes)
+    assert (layout.micro_batches, layout.data_shard) == (32, 64)
+    once = 32 * (16 * 4 + 1) * 64 * 2 * call  # of each layer four, and the tied embedding
+    assert part_seconds(sizes, layout, False, call) == pytest.approx(3 * once)
+    assert part_seconds(sizes, layout, True, call) == pytest.approx(4 * once)
+    replicated = layout_of(row(source="SC'21", zero_or_fsdp="none", **cells), sizes)
+    assert part_seconds(sizes, replicated, True, call) == 0.0
+    new = sizes_of(row(source="torchtitan", **cells))
+    assert part_seconds(new, layout, True, call) == 0.0
 
 
 def test_first_match_is_the_more_special_framework() -> None:

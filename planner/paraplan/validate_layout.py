@@ -210,6 +210,20 @@ def crowded_seconds(
     return framework.crowded_wait_seconds * transfers_of(row)
 
 
+def part_seconds(sizes: ModelSizes, layout: Layout, again: bool, call_seconds: float) -> float:
+    """What the host needs for the parts of ZeRO-3's gathers and reductions, beside all else.
+
+    Args:
+        again: the backward gathers for the recomputation and for itself.
+        call_seconds: of one call.
+    """
+    if layout.zero_stage < 3 or not sizes.framework.part_calls:
+        return 0.0
+    weights = sizes.layers * (5 if sizes.gated else 4) + (1 if sizes.tied else 2)
+    exchanges = (4 if again else 3) * layout.micro_batches * weights
+    return exchanges * layout.data_shard * sizes.framework.part_calls * call_seconds
+
+
 def comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:
     """What the published figure counts, as far as its notes say.
 

@@ -16,6 +16,7 @@ from paraplan.validate_layout import (
     cuts_of,
     engine_of,
     layout_of,
+    part_seconds,
 )
 from paraplan.validate_machines import Machines
 from paraplan.validate_model import sizes_of
@@ -112,6 +113,8 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     needed = max(stage.memory_bytes for stage in found.stages)
     capacity = device.memory_capacity_bytes.value
     waits = crowded_seconds(row, sizes.framework, cluster.nodes, needed, capacity)
+    again, call = modes_of(row) == ("full",), device.host_launch_seconds.value
+    waits += part_seconds(sizes, layout, again, call)
     layers = range(1, sizes.layers + 1)
     computing = computing_share(chain, dict.fromkeys(layers, modes_of(row)[0]), found.step_seconds)
     return Prediction(
