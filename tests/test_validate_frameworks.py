@@ -125,6 +125,15 @@ def test_aleph_alphas_head_is_rerun_as_its_layers_are() -> None:
     assert _flops(others, "backward") == 2 * logits
 
 
+def test_torchs_loss_needs_three_copies_in_fp32() -> None:
+    """Logarithms of the softmax and two gradients; the logarithms are kept."""
+    sizes = sizes_of(row(source="torchtitan"))
+    head = closed_form_graph(sizes, 2).blocks["head"].variants[2]
+    logits, input_bytes = sizes.sequence_length * sizes.vocab // 2, 2 * 2048 * 2048
+    assert head.saved["none"].sharded.per_sequence == 4 * logits
+    assert head.peak_bytes[0].per_sequence == 12 * logits + 3 * input_bytes
+
+
 def test_bf16_sums_of_deepspeed_are_all_reduced() -> None:
     """Twice what a reduce-scatter of the same sums moves, so a longer step on a slow network."""
     cells = {"precision": "bf16 (fp32 grad accum)", "network": "1x100Gb/s", "n_gpus": "64"}

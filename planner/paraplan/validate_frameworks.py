@@ -32,6 +32,7 @@ class Framework:
             the head is a layer as the others are.
         gated, tied: of its models, where it has one kind only; else the parameter count decides.
         fused_loss: cross entropy is one kernel that leaves its gradient in the logits.
+        torch_loss: the loss is torch's cross entropy of a shard of the logits.
         whole_logits: tensor ranks gather the logits, and each computes the loss over all of them.
         calls: launches of a layer's forward that are listed nowhere as ops (views, casts, copies,
             random states, the Python between them); a backward has twice as many.
@@ -64,6 +65,7 @@ class Framework:
     kernels: Kernels = "eager"
     fused_norm: bool = False
     fused_loss: bool = False
+    torch_loss: bool = False
     whole_logits: bool = False
     reruns_head: bool = False
     gated: bool | None = None
@@ -208,6 +210,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
     Framework(
         "torchtitan",
         words=("torchtitan",),
+        torch_loss=True,
         gated=True,
         tied=False,
         engine=Engine(shards_context=True),
@@ -234,7 +237,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
 )
 """First match counts."""
 
-PLAIN = Framework("eager torch with FSDP2")
+PLAIN = Framework("eager torch with FSDP2", torch_loss=True)
 
 
 def framework_of(texts: tuple[str, ...], compiled: bool) -> Framework:

@@ -294,11 +294,13 @@ def _loss_bytes(sizes: ModelSizes, tensor: int) -> tuple[float, float]:
     """Bytes that the loss keeps, and that it needs at most.
 
     One kernel replaces the logits by their gradient (2, 2 + 2); else their fp32 copy and its
-    gradient are beside them (2 + 4 + 4). torch's own cross entropy over gathered logits keeps
-    these, those of the micro-batch before in a second buffer, and the logarithms of the softmax
-    (2 + 2 + 4), and makes two gradients in fp32 (4 + 4).
+    gradient are beside them (2 + 4 + 4). torch's own cross entropy keeps the logarithms of the
+    softmax (4) and makes two gradients in fp32 (4 + 4); over gathered logits it keeps these, too,
+    and those of the micro-batch before in a second buffer (2 + 2).
     """
     logits = sizes.sequence_length * sizes.vocab
+    if sizes.framework.torch_loss:
+        return 4 * logits / tensor, 12 * logits / tensor
     if sizes.framework.whole_logits:
         shard = 2 * logits // tensor if tensor > 1 else 0
         return shard + 8 * logits, shard + 16 * logits
