@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
 def over_all(made: Sequence[Calibration]) -> str:
     """The errors of all clusters' runs together."""
     several = [one for one in made if one.left_out is not None]
+    if not several:
+        return "nothing says how well it carries over"
     rows = sum(one.rows for one in several)
     after = sum(one.rows * one.after for one in several) / rows
     left_out = sum(one.rows * (one.left_out or 0.0) for one in several) / rows

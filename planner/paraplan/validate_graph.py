@@ -137,7 +137,9 @@ def _layer(sizes: ModelSizes, tensor: int) -> BlockVariant:
     parameters = _layer_parameters(sizes, tensor)
     if sizes.adapter:
         saved = _with_frozen(saved, element_bytes(dtype) * parameters)
-        parameters = sizes.adapter * (width + 3 * h + sizes.heads * d // tensor)
+        parameters = sizes.adapter * (h + width)
+        if sizes.framework.adapters == "attention":
+            parameters += sizes.adapter * (sizes.heads * d // tensor + h // tensor)
     message = per_sequence(2 * s * h)
     none = saved["none"]
     kept_bytes = sum(a.per_sequence for a in (none.sharded, none.replicated, none.gathered))

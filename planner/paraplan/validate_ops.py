@@ -408,9 +408,9 @@ def pointwise_ops(
 def loss_ops(sizes: ModelSizes, columns: int) -> list[Op]:
     """Cross entropy over ``columns`` of the vocabulary, in fp32.
 
-    One kernel: the logits are read, and replaced by their gradient (2, 2 + 2). Else: cast
+    One kernel: the logits are read, and replaced by their gradient (2, 2 + 2). Compiled: cast
     (2 + 4 bytes), largest (4), exponential and sum (4 + 4), gradient in place (4 + 4), cast back
-    (4 + 2). Eager, as nanotron's and Megatron-LM's sharded loss: the difference from the largest
+    (4 + 2). Else, as nanotron's and Megatron-LM's sharded loss: the difference from the largest
     (4 + 4), the sum (4) and the quotient (4 + 4) are kernels of their own.
     """
     tokens = sizes.sequence_length * columns
