@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from made_rows import BASE
 
 from paraplan.calibrate import calibrate
 from paraplan.calibrate_fit import Parameter, fit, with_factors
@@ -16,32 +17,15 @@ from paraplan.validate_machines import Machines
 from paraplan.validate_predict import predict
 from paraplan.validate_rows import Row
 
-BASE = {
-    "id": "made-0",
-    "source": "made up",
+# On one data-parallel node whose network nobody states.
+RUN = BASE | {
     "model": "a",
-    "params_b": "1.21",
-    "layers": "16",
-    "hidden": "2048",
-    "ffn": "8192",
-    "heads": "16",
-    "kv_heads": "16",
-    "vocab": "32768",
-    "seq_len": "2048",
-    "gpu": "H100-80GB-SXM",
-    "n_gpus": "8",
     "network": "",
-    "precision": "bf16",
     "tp": "1",
     "pp": "1",
     "zero_or_fsdp": "fsdp-full_shard",
-    "recompute": "none",
-    "attn_impl": "flash(TE)",
     "micro_batch": "4",
     "global_batch": "64",
-    "measured_iter_time_s": "",
-    "peak_mem_gib": "",
-    "quality": "A",
 }
 WRONG = Parameter("products", rates=("node_groups.*.device.gemm.sustained.bfloat16",))
 
@@ -49,10 +33,10 @@ WRONG = Parameter("products", rates=("node_groups.*.device.gemm.sustained.bfloat
 def runs(path: Path, rows: list[dict[str, str]], machine: Cluster) -> Path:
     """A file of runs that took exactly what the model predicts for ``machine``."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(BASE))
+        writer = csv.DictWriter(file, list(RUN))
         writer.writeheader()
         for index, cells in enumerate(rows):
-            one = BASE | {"id": f"made-{index}"} | cells
+            one = RUN | {"id": f"made-{index}"} | cells
             seconds = predict(Row("made", one), Machines(only=machine)).predicted_s
             writer.writerow(one | {"measured_iter_time_s": repr(seconds)})
     return path
