@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py FOLDER FITS > docs/accuracy.md   (half a minute)
 
 FOLDER holds the published runs; the text around the tables is ``accuracy_text.md``, whose lines
-``{tables}``, ``{worst}``, ``{noise}``, ``{modes}``, ``{but_for_modes}`` and ``{carries}`` are
-replaced. Why a row is off is said by hand, below.
+``{tables}``, ``{worst}``, ``{noise}``, ``{modes}``, ``{but_for_modes}``, ``{told_apart}`` and
+``{carries}`` are replaced. Why a row is off is said by hand, below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ceilings import but_for_modes_table, mode_tables, noise_table
+from ceilings import but_for_modes_table, mode_tables, noise_table, told_apart_table
 
 from paraplan.validate import as_text, validate_files
 from paraplan.validate_predict import Prediction
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     every = [p for result in results.values() for p in result.predictions]
     text = text.replace("{noise}", noise_table(made)).replace("{modes}", mode_tables(every))
     text = text.replace("{but_for_modes}", but_for_modes_table(every))
+    text = text.replace("{told_apart}", told_apart_table(made))
     text = text.replace("{carries}", "```\n" + Path(arguments[1]).read_text().strip() + "\n```")
     print(text, end="")
     return 0

@@ -148,6 +148,32 @@ def _but_for_mode(layout: Sequence[Prediction], shares: dict[str, float]) -> Pai
     return fmean(predicted), fmean(p.measured_s or 0.0 for p in layout)
 
 
+def _is_told_apart(one: Prediction) -> bool:
+    """Aleph Alpha's runs that accuracy_text.md shows: labels, and 13B's pipelines with flash 2."""
+    row = one.row
+    piped = row.count("pp") > 1 and "flash_attention2" in row.text("attn_impl")
+    return row.cells["id"][-4:] in ("0966", "0967") or (piped and row.count("layers") == 40)
+
+
+def told_apart_table(predictions: Sequence[Prediction]) -> str:
+    """Aleph Alpha's sweeps, with and without the runs that are shown one by one."""
+    lines = [
+        "| sweep | layouts | rank correlation | layouts without them | rank correlation |",
+        "|---|---|---|---|---|",
+    ]
+    swept = sweeps_of([p for p in predictions if p.row.file == "aleph_alpha_layouts"])
+    for rows in swept.values():
+        runs = [one for layout in rows.values() for one in layout]
+        rest = sweeps_of([one for one in runs if not _is_told_apart(one)])
+        figures = [
+            f"{len(layouts)} | {rank_correlation([_pair(one, False) for one in layouts]):.3f}"
+            for layouts in (list(rows.values()), *(list(kept.values()) for kept in rest.values()))
+        ]
+        name = f"{runs[0].row.text('model')}, {runs[0].row.count('n_gpus')} GPUs"
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def _range(low: float, high: float) -> str:
     if math.isinf(low):
         return f"below {high:.2f}"
