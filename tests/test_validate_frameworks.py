@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from random import Random
 
@@ -192,6 +193,18 @@ def test_zero3_of_2021_exchanges_parts() -> None:
     assert part_seconds(sizes, replicated, True, call) == 0.0
     new = sizes_of(row(source="torchtitan", **cells))
     assert part_seconds(new, layout, True, call) == 0.0
+
+
+@pytest.mark.parametrize(("stages", "longer"), [("1", 0.0), ("2", 0.03)])
+def test_a_pipeline_costs_nanotrons_step_once(
+    stages: str, longer: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = row(source="nanotron", tp="1", pp=stages, dp=str(8 // int(stages)))
+    whole = predict(one).predicted_s
+    sizes = sizes_of(one)
+    rest = replace(sizes, framework=replace(sizes.framework, pipeline_seconds=0.0))
+    monkeypatch.setattr("paraplan.validate_predict.sizes_of", lambda _: rest)
+    assert whole - predict(one).predicted_s == pytest.approx(longer, abs=1e-9)
 
 
 def test_first_match_is_the_more_special_framework() -> None:

@@ -55,6 +55,8 @@ class Framework:
         crowded_wait_seconds: of each pipeline transfer in a run that needs more than its devices
             have: for its buffer the allocator returns memory and waits for the device.
         crowded_nodes: from how many nodes on every run's transfers wait so, full devices or not.
+        pipeline_seconds: what a step takes longer, whatever its micro-batches, once there is a
+            pipeline.
         waits: its tensor exchanges wait, step by step, for the network between nodes once a
             pipeline's transfers are under way on it.
         engine: how it exchanges.
@@ -84,6 +86,7 @@ class Framework:
     part_calls: int = 0
     crowded_wait_seconds: float = 0.0
     crowded_nodes: float = math.inf
+    pipeline_seconds: float = 0.0
     waits: bool = False
     engine: Engine = RUNTIME
 
@@ -121,6 +124,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         cuts="cost",
         crowded_wait_seconds=0.265,  # both: docs/accuracy.md, "Two modes of nanotron"
         crowded_nodes=64,
+        pipeline_seconds=0.03,  # docs/accuracy.md, "nanotron's steps"
         waits=True,
         engine=Engine(copies=False),  # the rest by layout: `validate_layout.engine_of`
     ),
