@@ -135,6 +135,26 @@ def test_torchs_loss_needs_three_copies_in_fp32() -> None:
     assert head.peak_bytes[0].per_sequence == 12 * logits + 3 * input_bytes
 
 
+def test_llm_foundrys_metrics_read_the_logits_again() -> None:
+    """Two cross entropies in fp32: 14 bytes a logit each, once, beside a fused loss of 6."""
+    sizes = sizes_of(row(source="llm-foundry"))
+    ops = closed_form_graph(sizes, 1).blocks["head"].variants[1].ops
+    logits = sizes.sequence_length * sizes.vocab
+    metrics = [op for op in ops if op.name == "aten.metric"]
+    moved = [op.read_bytes.per_sequence + op.write_bytes.per_sequence for op in metrics]
+    assert moved == [14 * logits] * 2
+    assert {op.phase for op in metrics} == {"forward"}
+
+
+def test_async_tensor_exchanges_hide_in_part() -> None:
+    cells = {"source": "torchtitan", "pp": "1", "dp": "1", "tp": "8", "zero_or_fsdp": "none"}
+    plain, hidden = (predict(row(notes=notes, **cells)) for notes in ("", "async TP"))
+    every = sizes_of(row(**cells))
+    alone = replace(every.framework, engine=replace(every.framework.engine, hidden_tensor=1.0))
+    assert alone.engine.hidden_tensor > sizes_of(hidden.row).framework.engine.hidden_tensor > 0
+    assert hidden.predicted_s < plain.predicted_s
+
+
 def test_bf16_sums_of_deepspeed_are_all_reduced() -> None:
     """Twice what a reduce-scatter of the same sums moves, so a longer step on a slow network."""
     cells = {"precision": "bf16 (fp32 grad accum)", "network": "1x100Gb/s", "n_gpus": "64"}

@@ -32,6 +32,7 @@ class Framework:
             the head is a layer as the others are.
         gated, tied: of its models, where it has one kind only; else the parameter count decides.
         fused_loss: cross entropy is one kernel that leaves its gradient in the logits.
+        metrics: so many cross entropies more of each micro-batch's logits, by torch in fp32.
         torch_loss: the loss is torch's cross entropy of a shard of the logits.
         whole_logits: tensor ranks gather the logits, and each computes the loss over all of them.
         calls: launches of a layer's forward that are listed nowhere as ops (views, casts, copies,
@@ -67,6 +68,7 @@ class Framework:
     kernels: Kernels = "eager"
     fused_norm: bool = False
     fused_loss: bool = False
+    metrics: int = 0
     torch_loss: bool = False
     whole_logits: bool = False
     reruns_head: bool = False
@@ -205,6 +207,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         words=("llm-foundry",),
         fused_norm=True,
         fused_loss=True,
+        metrics=2,  # LanguageCrossEntropy and LanguagePerplexity: its `use_train_metrics`
         gated=False,
         tied=True,
         calls=20,

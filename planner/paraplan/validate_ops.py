@@ -411,11 +411,13 @@ def loss_ops(sizes: ModelSizes, columns: int) -> list[Op]:
     One kernel: the logits are read, and replaced by their gradient (2, 2 + 2). Compiled: cast
     (2 + 4 bytes), largest (4), exponential and sum (4 + 4), gradient in place (4 + 4), cast back
     (4 + 2). Else, as nanotron's and Megatron-LM's sharded loss: the difference from the largest
-    (4 + 4), the sum (4) and the quotient (4 + 4) are kernels of their own.
+    (4 + 4), the sum (4) and the quotient (4 + 4) are kernels of their own. A metric: cast (2 + 4)
+    and logarithms of the softmax (4 + 4).
     """
-    tokens = sizes.sequence_length * columns
+    tokens, metrics = sizes.sequence_length * columns, sizes.framework.metrics
     if sizes.framework.fused_loss:
-        return both_ways("loss", 2 * tokens, 4 * tokens)
+        made = both_ways("loss", 2 * tokens, 4 * tokens)
+        return made + [memory_op("metric", "forward", 6 * tokens, 8 * tokens)] * metrics
     forward, backward = (18, 14) if sizes.framework.kernels == "compiled" else (38, 14)
     return both_ways("loss", forward * tokens, backward * tokens)
 
