@@ -22,8 +22,7 @@ from paraplan.validate_predict import Prediction
 WHY = {
     "hf_playbook_nanotron": "a run without the waits that all other runs of tensor ranks "
     "and pipelines over several nodes show",
-    "megatron_sc21": "ZeRO-3 of 2021: what it zeroes and copies to gather a list of parts is not "
-    "counted",
+    "megatron_sc21": "ZeRO-3 of 2021: the paper gives neither buckets nor prefetch",
     "mlperf_training_llm": "a short step of LoRA over many nodes; the layout is a guess, as the "
     "notes say, and the recomputation is unknown",
     "vtrain_multi": "not explained; its neighbours are 0 to 10 % off",

@@ -196,22 +196,25 @@ def test_adapters_gather_once_more_each() -> None:
 
 
 def test_zero3_of_2021_exchanges_parts() -> None:
-    """32 micro-batches gather and reduce 65 weights of 64 ranks, a view and a copy each."""
+    """32 micro-batches gather and reduce 65 weights of 64 ranks: a view and a copy of each part."""
     count = 16 * 12 * 2048**2 + 32768 * 2048
     cells = {"n_gpus": "64", "tp": "1", "pp": "1", "dp": "64", "params_b": str(count / 1e9)}
     cells |= {"global_batch": "2048", "micro_batch": "1", "gpu": "A100-80GB-SXM"}
     old = row(source="SC'21", zero_or_fsdp="zero3", **cells)
-    sizes, call = sizes_of(old), load_device("a100-80gb-sxm").host_launch_seconds.value
+    sizes, device = sizes_of(old), load_device("a100-80gb-sxm")
     assert sizes.tied and not sizes.gated
     layout = layout_of(old, sizes)
     assert (layout.micro_batches, layout.data_shard) == (32, 64)
-    once = 32 * (16 * 4 + 1) * 64 * 2 * call  # of each layer four, and the tied embedding
-    assert part_seconds(sizes, layout, False, call) == pytest.approx(3 * once)
-    assert part_seconds(sizes, layout, True, call) == pytest.approx(4 * once)
+    each = (16 * 4 + 1) * 64 * 2 * device.host_launch_seconds.value
+    rate = device.memory_bandwidth_bytes_per_second.value * device.memory_efficiency.value
+    copy = 2 * count / rate  # of 2 bytes each, once read or written
+    two, three = (part_seconds(sizes, layout, again, device) for again in (False, True))
+    assert two == pytest.approx(32 * (3 * each + (2 * 3 + 2) * copy))
+    assert three == pytest.approx(32 * (4 * each + (3 * 3 + 2) * copy))
     replicated = layout_of(row(source="SC'21", zero_or_fsdp="none", **cells), sizes)
-    assert part_seconds(sizes, replicated, True, call) == 0.0
+    assert part_seconds(sizes, replicated, True, device) == 0.0
     new = sizes_of(row(source="torchtitan", **cells))
-    assert part_seconds(new, layout, True, call) == 0.0
+    assert part_seconds(new, layout, True, device) == 0.0
 
 
 @pytest.mark.parametrize(("stages", "longer"), [("1", 0.0), ("2", 0.03)])

@@ -10,6 +10,7 @@ from itertools import accumulate, combinations
 
 from paraplan.chain import ChainCost
 from paraplan.cluster import Cluster
+from paraplan.device import Device
 from paraplan.engine import Engine
 from paraplan.layout import Layout, Schedule
 from paraplan.partition import Cuts, Staged
@@ -210,18 +211,23 @@ def crowded_seconds(
     return framework.crowded_wait_seconds * transfers_of(row)
 
 
-def part_seconds(sizes: ModelSizes, layout: Layout, again: bool, call_seconds: float) -> float:
-    """What the host needs for the parts of ZeRO-3's gathers and reductions, beside all else.
+def part_seconds(sizes: ModelSizes, layout: Layout, again: bool, device: Device) -> float:
+    """What ZeRO-3's gathers and reductions of lists of parts cost beside the exchange.
+
+    The host's calls for each part, and the memory's work: a gather zeroes its result, and copies
+    it out of what was received; a reduction copies what it sends.
 
     Args:
         again: the backward gathers for the recomputation and for itself.
-        call_seconds: of one call.
     """
     if layout.zero_stage < 3 or not sizes.framework.part_calls:
         return 0.0
+    gathers = 3 if again else 2
     weights = sizes.layers * (5 if sizes.gated else 4) + (1 if sizes.tied else 2)
-    exchanges = (4 if again else 3) * layout.micro_batches * weights
-    return exchanges * layout.data_shard * sizes.framework.part_calls * call_seconds
+    parts = (gathers + 1) * weights * layout.data_shard
+    calls = parts * sizes.framework.part_calls * device.host_launch_seconds.value
+    copied = (gathers * (1 + 2) + 2) * 2 * parameter_count(sizes)
+    return layout.micro_batches * (calls + copied / device.rates.memory)
 
 
 def comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:

@@ -113,8 +113,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     needed = max(stage.memory_bytes for stage in found.stages)
     capacity = device.memory_capacity_bytes.value
     waits = crowded_seconds(row, sizes.framework, cluster.nodes, needed, capacity)
-    again, call = modes_of(row) == ("full",), device.host_launch_seconds.value
-    waits += part_seconds(sizes, layout, again, call)
+    waits += part_seconds(sizes, layout, modes_of(row) == ("full",), device)
     waits += sizes.framework.pipeline_seconds if layout.pipeline > 1 else 0.0
     layers = range(1, sizes.layers + 1)
     computing = computing_share(chain, dict.fromkeys(layers, modes_of(row)[0]), found.step_seconds)
