@@ -135,6 +135,18 @@ def test_torchs_loss_needs_three_copies_in_fp32() -> None:
     assert head.peak_bytes[0].per_sequence == 12 * logits + 3 * input_bytes
 
 
+@pytest.mark.parametrize(
+    ("source", "moved"), [("torchtitan", 2), ("Megatron", 2 + 2), ("Korthikanti", 4 + 4)]
+)
+def test_products_write_gradients_or_add_them(source: str, moved: int) -> None:
+    """Bytes of each weight's gradient: written in bf16, or read and written where it is summed."""
+    ops = closed_form_graph(sizes_of(row(source=source)), 1).blocks["head"].variants[1].ops
+    weights = 2048 * 32768
+    (gradient,) = [op for op in ops if op.kind == "gemm" and op.write_bytes.per_sequence == 0]
+    assert gradient.write_bytes.fixed == moved * weights
+    assert gradient.read_bytes.per_sequence == 2 * 2048 * (2048 + 32768)
+
+
 def test_llm_foundrys_metrics_read_the_logits_again() -> None:
     """Two cross entropies in fp32: 14 bytes a logit each, once, beside a fused loss of 6."""
     sizes = sizes_of(row(source="llm-foundry"))
@@ -163,6 +175,11 @@ def test_bf16_sums_of_deepspeed_are_all_reduced() -> None:
         for source in ("NeMo", "Megatron-DeepSpeed")
     )
     assert (scattered, summed) == (4, 8)
+    moved = [
+        sizes_of(row(source="Megatron-DeepSpeed", precision=text)).framework.gradient_bytes
+        for text in ("fp16", "bf16 (fp32 grad accum)")
+    ]
+    assert moved == [2 + 2 + 2, 2 + 4 + 4]  # the gradient read, the sum read and written
     pure = predict(row(source="Megatron-DeepSpeed", **cells | {"precision": "bf16"}))
     assert predict(row(source="Megatron-DeepSpeed", **cells)).predicted_s > pure.predicted_s
 

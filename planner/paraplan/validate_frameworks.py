@@ -41,7 +41,8 @@ class Framework:
         adapters, adapter_dropout: of a run of task ``lora``: beside queries, keys and values, or
             beside both of attention's projections; with dropout of their inputs.
         gradient_bytes: moved for each parameter to add a micro-batch's gradient to the sum; 0
-            where the product's own kernel adds it.
+            where there is nothing to add it to, or the product's own kernel does.
+        sums_in_product: it does, to the sums that the engine keeps standing.
         sum_reduce_bytes: moved for each parameter by the reduction where gradients are summed in
             fp32; twice 4 where they are all-reduced although each rank needs its shard alone.
         attention: implementation where a row says only ``flash``.
@@ -79,6 +80,7 @@ class Framework:
     adapters: Literal["qkv", "attention"] = "attention"
     adapter_dropout: bool = True
     gradient_bytes: int = 0
+    sums_in_product: bool = False
     sum_reduce_bytes: int = 4
     attention: str = "flash-attention-2"
     gathers_again: bool = False
@@ -98,6 +100,7 @@ CORE = Framework(
     words=("megatron", "mlperf", "dgxc", "distributed-optimizer", "(te)", "cudnn"),
     kernels="fused",
     calls=20,
+    sums_in_product=True,
     attention="cudnn",
     # User buffers: tensor exchanges in pieces beside the products. Gradients stay in bf16.
     engine=Engine(
@@ -157,6 +160,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         gated=False,
         tied=True,
         calls=40,
+        sums_in_product=True,
         # The backward's exchanges run beside the products of the weights' gradients.
         engine=Engine(
             copies=False,
@@ -176,6 +180,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         gated=False,
         tied=True,
         calls=40,
+        gradient_bytes=10,  # fp16 gradient read, fp32 sum read and written
         # Its runs with ZeRO-3 are DeepSpeed's: a view of each part (`_allgather_param`), and a
         # copy of each in torch's all-gather of lists.
         part_calls=2,

@@ -107,6 +107,8 @@ def run_framework(row: Row) -> Framework:
     if "cuda_launch_blocking=1" in notes:
         engine = replace(engine, blocking=True)
     if "fp32 grad accum" in row.text("precision") and found.engine.gradient_bytes == 2:
+        if found.gradient_bytes:  # the bf16 gradient is read, the fp32 sum read and written
+            found = replace(found, gradient_bytes=2 + 4 + 4)
         reduced = found.sum_reduce_bytes
         engine = replace(engine, gradient_bytes=6, standing_gradient_bytes=4, reduce_bytes=reduced)
     if "pure" in row.text("precision"):

@@ -161,7 +161,17 @@ def product(
     )
     fields = {"phase": "backward", "reruns": ()}
     data = forward.model_copy(update={**fields, "dims": (one, rows, inner, columns)})
-    weight = forward.model_copy(update={**fields, "dims": (one, columns, inner, rows)})
+    framework = sizes.framework
+    # Written as the inputs are, or added to the sum: read and written.
+    summed = 2 * framework.engine.standing_gradient_bytes if framework.sums_in_product else 2
+    weight = forward.model_copy(
+        update={
+            **fields,
+            "dims": (one, columns, inner, rows),
+            "read_bytes": Amount(0, inputs.per_sequence + outputs.per_sequence),
+            "write_bytes": Amount(summed * n * k),
+        }
+    )
     made = [forward, data] if frozen else [forward, data, weight]
     if gradient_bytes and not frozen:
         moved = Amount(gradient_bytes * n * k)
