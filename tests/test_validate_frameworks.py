@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from made_rows import row
 
+from paraplan.block_compute import block_compute
 from paraplan.collectives import collective_seconds, transfer_seconds
 from paraplan.data_traffic import tensor_group
 from paraplan.device import load_device
@@ -16,7 +17,7 @@ from paraplan.graph import Op, op_flops
 from paraplan.problem import Problem, chain_cost
 from paraplan.validate_frameworks import framework_of
 from paraplan.validate_graph import closed_form_graph, parameter_count
-from paraplan.validate_layout import layout_of, parameter_cuts, part_seconds
+from paraplan.validate_layout import engine_of, layout_of, parameter_cuts, part_seconds
 from paraplan.validate_machines import OMNIPATH_SHARE, Machines, node_bytes_per_second
 from paraplan.validate_model import ASYNC_TENSOR, sizes_of
 from paraplan.validate_ops import ModelSizes
@@ -244,6 +245,38 @@ def test_a_pipeline_costs_nanotrons_step_once(
     rest = replace(sizes, framework=replace(sizes.framework, pipeline_seconds=0.0))
     monkeypatch.setattr("paraplan.validate_predict.sizes_of", lambda _: rest)
     assert whole - predict(one).predicted_s == pytest.approx(longer, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("devices", "stages", "waits"), [("16", "2", True), ("16", "1", False), ("8", "2", False)]
+)
+def test_nanotrons_exchanges_wait_in_pipelines_over_nodes(
+    devices: str, stages: str, waits: bool
+) -> None:
+    """Each of a layer's exchanges waits for 2 tp - 1 steps; two forward, two backward."""
+    tensor = 4
+    data = int(devices) // int(stages) // tensor
+    one = row(
+        source="nanotron",
+        n_gpus=devices,
+        tp=str(tensor),
+        pp=stages,
+        dp=str(data),
+        global_batch=str(8 * data),
+    )
+    sizes = sizes_of(one)
+    cluster, device = Machines().of(one)
+    layout = layout_of(one, sizes)
+    engine = engine_of(sizes, layout, cluster)
+    layer = closed_form_graph(sizes, tensor).blocks["layer"]
+    made, free = (
+        block_compute(layer, layout, device=device, cluster=cluster, engine=one)
+        for one in (engine, replace(engine, exchange_wait_seconds=0.0))
+    )
+    assert free.forward.launch > 0 < free.backward.launch  # the host is what is waited for
+    wanted = 2 * (2 * tensor - 1) * sizes.framework.wait_seconds if waits else 0.0
+    assert made.forward.total - free.forward.total == pytest.approx(wanted, abs=1e-12)
+    assert made.backward.total - free.backward.total == pytest.approx(wanted, abs=1e-12)
 
 
 def test_first_match_is_the_more_special_framework() -> None:

@@ -81,9 +81,12 @@ def block_compute(
     tensor = _tensor_seconds(variant, layout, sequences, cluster, engine)
     exchange = _expert_seconds(variant, layout, sequences, cluster)
     ring = _ring_seconds(variant, layout, sequences, cluster)
-    steps = 2 * (layout.tensor - 1) * engine.exchange_wait_seconds
+    # A reduction and a gather of as many steps as there are other ranks, and the start.
+    steps = 2 * layout.tensor - 1 if layout.tensor > 1 else 0
     waits = {
-        phase: steps * sum(c.phase == phase for c in variant.collectives)
+        phase: steps
+        * engine.exchange_wait_seconds
+        * sum(c.phase == phase for c in variant.collectives)
         for phase in ("forward", "backward")
     }
     calls = sum(op.count for op, _ in forward)

@@ -176,9 +176,9 @@ def cuts_of(sizes: ModelSizes, layout: Layout) -> Cuts:
 def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
     """How the run exchanged."""
     engine = sizes.framework.engine
-    if not sizes.framework.waits:
+    if not sizes.framework.wait_seconds:
         return engine
-    wait = cluster.link_between.speeds.latency if cluster.nodes > 1 else 0.0
+    waits = cluster.nodes > 1 and layout.pipeline > 1
     tokens = layout.micro_batch_size * sizes.sequence_length
     pending = sizes.framework.pending_bytes[layout.pipeline > 1] if layout.tensor > 1 else 0
     return replace(
@@ -189,7 +189,7 @@ def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
         standing_gradient_bytes=4,
         bucket_bytes=ZERO_BUCKET if layout.zero_stage else DDP_BUCKET,
         overlaps_data=layout.pipeline == 1 and layout.zero_stage == 0,
-        exchange_wait_seconds=wait if layout.pipeline > 1 else 0.0,
+        exchange_wait_seconds=sizes.framework.wait_seconds if waits else 0.0,
     )
 
 
