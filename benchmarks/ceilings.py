@@ -123,17 +123,18 @@ def but_for_modes_table(predictions: Sequence[Prediction]) -> str:
     """
     runs = [p for p in predictions if p.row.file == "hf_playbook_nanotron" and p.measured_s]
     shares = _share_of_slow(runs)
-    lines = ["| rows | none said slow | the share of slow runs added |", "|---|---|---|"]
+    lines = [
+        "| rows | said of slow runs | rank correlation | regret |",
+        "|---|---|---|---|",
+    ]
     for title, headline in (("headline", True), ("others", False)):
         swept = sweeps_of([p for p in runs if p.row.headline == headline])
-        ranks = [
-            fmean(
-                rank_correlation([_but_for_mode(rows, known) for rows in sweep.values()])
-                for sweep in swept.values()
-            )
-            for known in ({}, shares)
-        ]
-        lines.append(f"| {title} | {ranks[0]:.3f} | {ranks[1]:.3f} |")
+        for told, known in (("nothing", {}), ("their share is added", shares)):
+            pairs = [
+                [_but_for_mode(rows, known) for rows in sweep.values()] for sweep in swept.values()
+            ]
+            ranks, regrets = fmean(map(rank_correlation, pairs)), fmean(map(regret, pairs))
+            lines.append(f"| {title} | {told} | {ranks:.3f} | {100 * regrets:.1f}% |")
     return "\n".join(lines)
 
 
