@@ -175,6 +175,30 @@ def told_apart_table(predictions: Sequence[Prediction]) -> str:
     return "\n".join(lines)
 
 
+def picks_table(predictions: Sequence[Prediction]) -> str:
+    """By source: regret of the layout predicted fastest, and of the fastest predicted to fit."""
+    lines = ["| source | sweeps | regret | of those predicted to fit |", "|---|---|---|---|"]
+    means = []
+    for file in sorted({one.row.file for one in predictions}):
+        swept = sweeps_of([one for one in predictions if one.row.file == file])
+        every, fitting = [], []
+        for layouts in swept.values():
+            pairs = [(_pair(rows, False), all(p.fits for p in rows)) for rows in layouts.values()]
+            every.append(regret([pair for pair, _ in pairs]))
+            fastest = min(measured for (_, measured), _ in pairs)
+            _, picked = min(pair for pair, fits in pairs if fits)
+            fitting.append(picked / fastest - 1)
+        if swept:
+            means.append((fmean(every), fmean(fitting)))
+            lines.append(f"| {file} | {len(swept)} | {_percents(*means[-1])} |")
+    lines.append(f"| all {len(means)} | | {_percents(*map(fmean, zip(*means, strict=True)))} |")
+    return "\n".join(lines)
+
+
+def _percents(*shares: float) -> str:
+    return " | ".join(f"{100 * share:.1f}%" for share in shares)
+
+
 def _range(low: float, high: float) -> str:
     if math.isinf(low):
         return f"below {high:.2f}"
