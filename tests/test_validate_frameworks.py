@@ -279,6 +279,31 @@ def test_nanotrons_exchanges_wait_in_pipelines_over_nodes(
     assert made.backward.total - free.backward.total == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "recompute", "doublings"),
+    [(1, "full", 0), (2, "full", 1), (8, "full", 3), (8, "none", 0)],
+)
+def test_aleph_alphas_tensor_ranks_wait_in_each_recomputed_micro_batch(
+    tensor: int, recompute: str, doublings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = 8 // tensor
+    one = row(
+        source="aleph alpha",
+        tp=str(tensor),
+        pp="1",
+        dp=str(data),
+        micro_batch="2",
+        global_batch=str(16 * data),
+        recompute=recompute,
+    )
+    whole, sizes = predict(one).predicted_s, sizes_of(one)
+    rest = replace(sizes, framework=replace(sizes.framework, rerun_wait_seconds=0.0))
+    monkeypatch.setattr("paraplan.validate_predict.sizes_of", lambda _: rest)
+    waited = 8 * doublings * sizes.framework.rerun_wait_seconds
+    assert sizes.framework.rerun_wait_seconds > 0
+    assert whole - predict(one).predicted_s == pytest.approx(waited, abs=1e-9)
+
+
 def test_first_match_is_the_more_special_framework() -> None:
     names = {
         text: framework_of((text,), compiled=False).name

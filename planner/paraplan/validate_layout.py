@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, combinations
+from math import log2
 
 from paraplan.chain import ChainCost
 from paraplan.cluster import Cluster
@@ -228,6 +229,11 @@ def part_seconds(sizes: ModelSizes, layout: Layout, again: bool, device: Device)
     calls = parts * sizes.framework.part_calls * device.host_launch_seconds.value
     copied = (gathers * (1 + 2) + 2) * 2 * parameter_count(sizes)
     return layout.micro_batches * (calls + copied / device.rates.memory)
+
+
+def rerun_wait_seconds(framework: Framework, layout: Layout) -> float:
+    """What a step waits beside its work where every layer is recomputed on tensor ranks."""
+    return framework.rerun_wait_seconds * log2(layout.tensor) * layout.micro_batches
 
 
 def comparable_gib(row: Row, chain: ChainCost, found: Staged) -> float:

@@ -17,6 +17,7 @@ from paraplan.validate_layout import (
     engine_of,
     layout_of,
     part_seconds,
+    rerun_wait_seconds,
 )
 from paraplan.validate_machines import Machines
 from paraplan.validate_model import sizes_of
@@ -113,8 +114,10 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     needed = max(stage.memory_bytes for stage in found.stages)
     capacity = device.memory_capacity_bytes.value
     waits = crowded_seconds(row, sizes.framework, cluster.nodes, needed, capacity)
-    waits += part_seconds(sizes, layout, modes_of(row) == ("full",), device)
+    again = modes_of(row) == ("full",)
+    waits += part_seconds(sizes, layout, again, device)
     waits += sizes.framework.pipeline_seconds if layout.pipeline > 1 else 0.0
+    waits += again * rerun_wait_seconds(sizes.framework, layout)
     layers = range(1, sizes.layers + 1)
     computing = computing_share(chain, dict.fromkeys(layers, modes_of(row)[0]), found.step_seconds)
     return Prediction(
