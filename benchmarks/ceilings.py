@@ -195,7 +195,7 @@ def _regrets_of(predictions: Sequence[Prediction]) -> dict[str, list[tuple[float
     for sweep, layouts in sorted(sweeps_of(predictions).items()):
         pairs = [(_pair(rows, False), all(p.fits for p in rows)) for rows in layouts.values()]
         fastest = min(measured for (_, measured), _ in pairs)
-        _, picked = min(pair for pair, fits in pairs if fits)
+        _, picked = min((pair for pair, fits in pairs if fits), default=(0.0, math.inf))
         found[sweep[0]].append((regret([pair for pair, _ in pairs]), picked / fastest - 1))
     return found
 

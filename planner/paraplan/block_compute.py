@@ -221,6 +221,10 @@ def _tensor_seconds(
     for exchange in variant.collectives:
         size = exchange.message_bytes.at(sequences)
         summed = size * engine.tensor_bytes / 2
+        if exchange.kind == "gather":
+            gathered = collective_seconds("all_gather", size, group, cluster)
+            seconds[exchange.phase] += gathered * (1 - engine.hidden_tensor)
+            continue
         if layout.sequence_parallel:
             reduction = collective_seconds("reduce_scatter", summed, group, cluster)
             total = reduction + collective_seconds("all_gather", size, group, cluster)

@@ -93,12 +93,14 @@ class Saved(_Frozen):
 class Collective(_Frozen):
     """A tensor-parallel exchange of one block's activations (whole message, all ranks).
 
-    Without sequence parallelism it is one all-reduce of ``message_bytes``; with it, a
-    reduce-scatter and an all-gather of the same message.
+    A reduction is, without sequence parallelism, one all-reduce of ``message_bytes``; with it, a
+    reduce-scatter and an all-gather of the same message. A gather makes the message of its parts,
+    which nothing is added to.
     """
 
     phase: Literal["forward", "backward"]
     message_bytes: Amount
+    kind: Literal["reduction", "gather"] = "reduction"
 
 
 class BlockVariant(_Frozen):

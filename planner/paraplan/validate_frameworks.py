@@ -62,6 +62,7 @@ class Framework:
         wait_seconds: of each step of its tensor exchanges, on several nodes and in a pipeline.
         rerun_wait_seconds: of each micro-batch that is recomputed whole, for every doubling of
             the tensor ranks.
+        engine_by_layout: how it exchanges depends on the layout (`validate_layout.engine_of`).
         engine: how it exchanges.
     """
 
@@ -94,6 +95,7 @@ class Framework:
     pipeline_seconds: float = 0.0
     wait_seconds: float = 0.0
     rerun_wait_seconds: float = 0.0
+    engine_by_layout: bool = False
     engine: Engine = RUNTIME
 
 
@@ -133,7 +135,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
         crowded_nodes=64,
         pipeline_seconds=0.03,  # docs/accuracy.md, "nanotron's steps"
         wait_seconds=0.31e-3,  # docs/accuracy.md, "nanotron's waits"
-        engine=Engine(copies=False),  # the rest by layout: `validate_layout.engine_of`
+        engine_by_layout=True,
+        engine=Engine(copies=False),
     ),
     Framework(
         "Megatron-DeepSpeed",

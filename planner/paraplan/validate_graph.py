@@ -6,7 +6,9 @@ A row names sizes, not a model that could be traced: its blocks are written down
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 from paraplan.graph import (
     Amount,
@@ -81,9 +83,13 @@ def closed_form_graph(
     modules = ("embedding", *(f"layers.{i}" for i in range(sizes.layers)), "head")
     residual = per_sequence(2 * sizes.sequence_length * sizes.hidden)
     count = parameter_count(sizes)
+    once = {
+        **blocks,
+        "head": Block(role="head", variants={1: _head(replace(sizes, head_twice=False), 1)}),
+    }
     flops = sum(
         op_flops(op, 1) * op.count * names.count(name)
-        for name, block in blocks.items()
+        for name, block in once.items()
         for op in block.variants[1].ops
     )
     return ModelGraph(
@@ -171,18 +177,21 @@ def _keeping(layer: BlockVariant) -> BlockVariant:
     )
 
 
-def _exchanges(message: Amount, forward: int, backward: int) -> tuple[Collective, ...]:
-    return (Collective(phase="forward", message_bytes=message),) * forward + (
-        Collective(phase="backward", message_bytes=message),
-    ) * backward
+def _exchanges(
+    message: Amount,
+    forward: int,
+    backward: int,
+    kind: Literal["reduction", "gather"] = "reduction",
+) -> tuple[Collective, ...]:
+    one = Collective(phase="forward", message_bytes=message, kind=kind)
+    return (one,) * forward + (one.model_copy(update={"phase": "backward"}),) * backward
 
 
 def _layer_exchanges(sizes: ModelSizes, message: Amount) -> tuple[Collective, ...]:
     """Of the tensor ranks. An adapter in front of a projection gathers its input once more, one
-    behind it its output; a gather moves half of what a reduction of as much does."""
+    behind it its output."""
     adapters = 0 if not sizes.adapter else 2 if sizes.framework.adapters == "attention" else 1
-    half = Amount(message.fixed // 2, message.per_sequence // 2)
-    return _exchanges(message, 2, 2) + _exchanges(half, adapters, adapters)
+    return _exchanges(message, 2, 2) + _exchanges(message, adapters, adapters, "gather")
 
 
 def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dict[Recompute, Saved]:
@@ -280,8 +289,9 @@ def _head(sizes: ModelSizes, tensor: int) -> BlockVariant:
     ]
     saved, peak = _loss_bytes(sizes, tensor)
     exchanges = _exchanges(per_sequence(x), 0, 1)
-    if whole:  # a gather moves half of what a reduction of as much does
-        exchanges += _exchanges(per_sequence(s * sizes.vocab), 1, int(sizes.head_twice))
+    if whole:
+        logits_bytes = per_sequence(2 * s * sizes.vocab)
+        exchanges += _exchanges(logits_bytes, 1, int(sizes.head_twice), "gather")
     kept = Saved(sharded=per_sequence(saved), replicated=per_sequence(2 * x))
     return BlockVariant(
         ops=tuple(ops),

@@ -47,6 +47,8 @@ def layout_of(row: Row, sizes: ModelSizes) -> Layout:
     if pipeline > sizes.layers and sizes.framework.cuts == "layers":
         raise Unusable("more stages than layers")
     virtual = row.count("vp", 1) if pipeline > 1 else 1
+    if virtual > 1 and sizes.framework.cuts != "layers":
+        raise Unusable(f"virtual stages of {sizes.framework.name}")
     schedule: Schedule = "none" if pipeline == 1 else "1f1b"
     if virtual > 1:
         schedule = "interleaved-1f1b"
@@ -177,7 +179,7 @@ def cuts_of(sizes: ModelSizes, layout: Layout) -> Cuts:
 def engine_of(sizes: ModelSizes, layout: Layout, cluster: Cluster) -> Engine:
     """How the run exchanged."""
     engine = sizes.framework.engine
-    if not sizes.framework.wait_seconds:
+    if not sizes.framework.engine_by_layout:
         return engine
     waits = cluster.nodes > 1 and layout.pipeline > 1
     tokens = layout.micro_batch_size * sizes.sequence_length
@@ -227,8 +229,8 @@ def part_seconds(sizes: ModelSizes, layout: Layout, again: bool, device: Device)
     weights = sizes.layers * (5 if sizes.gated else 4) + (1 if sizes.tied else 2)
     parts = (gathers + 1) * weights * layout.data_shard
     calls = parts * sizes.framework.part_calls * device.host_launch_seconds.value
-    copied = (gathers * (1 + 2) + 2) * 2 * parameter_count(sizes)
-    return layout.micro_batches * (calls + copied / device.rates.memory)
+    copied = (gathers * (1 + 2) + 2) * 2 * parameter_count(sizes) / layout.tensor
+    return layout.micro_batches * (calls + copied / device.rates.memory) / layout.pipeline
 
 
 def rerun_wait_seconds(framework: Framework, layout: Layout) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 from paraplan.validate_frameworks import Framework, framework_of
 from paraplan.validate_graph import parameter_count
 from paraplan.validate_ops import ModelSizes
+from paraplan.validate_recompute import recomputes_all
 from paraplan.validate_rows import Row, Unusable
 
 LORA_RANK = 16
@@ -78,7 +79,7 @@ def sizes_of(row: Row) -> ModelSizes:
         fused_softmax=_fused_softmax(row, framework),
         selective=_selective(row),
         framework=framework,
-        head_twice=framework.reruns_head and row.text("recompute") == "full",
+        head_twice=framework.reruns_head and recomputes_all(row),
         adapter=LORA_RANK if row.text("task") == "lora" else 0,
         experts=experts if experts > 1 else 0,
         chosen=row.count("top_k") if experts > 1 else 0,

@@ -161,15 +161,12 @@ def product(
     )
     fields = {"phase": "backward", "reruns": ()}
     data = forward.model_copy(update={**fields, "dims": (one, rows, inner, columns)})
-    framework = sizes.framework
-    # Written as the inputs are, or added to the sum: read and written.
-    summed = 2 * framework.engine.standing_gradient_bytes if framework.sums_in_product else 2
     weight = forward.model_copy(
         update={
             **fields,
             "dims": (one, columns, inner, rows),
             "read_bytes": Amount(0, inputs.per_sequence + outputs.per_sequence),
-            "write_bytes": Amount(summed * n * k),
+            "write_bytes": Amount(_gradient_bytes(sizes.framework) * n * k),
         }
     )
     made = [forward, data] if frozen else [forward, data, weight]
@@ -179,6 +176,12 @@ def product(
             memory_op("add_gradient", "backward", 0, 0).model_copy(update={"read_bytes": moved})
         )
     return made + (_casts(tokens, n, k, 1 if frozen else 2) if dtype in NARROW else [])
+
+
+def _gradient_bytes(framework: Framework) -> int:
+    """What a product moves for each element of a weight's gradient: written as the inputs are, or
+    added to the sum, which is read and written."""
+    return 2 * framework.engine.standing_gradient_bytes if framework.sums_in_product else 2
 
 
 def _casts(tokens: int, n: int, k: int, copies: int) -> list[Op]:
@@ -272,10 +275,11 @@ def _grouped_products(sizes: ModelSizes, rows: int, n: int, k: int) -> list[Op]:
         update={**fields, "dims": (Amount(sizes.experts), total, Amount(k), Amount(n))}
     )
     weight = forward.model_copy(update={**fields, "read_bytes": per_sequence(2 * rows * (n + k))})
+    moved = _gradient_bytes(sizes.framework) * sizes.experts * n * k
     return [
         forward,
         data,
-        weight.model_copy(update={"write_bytes": Amount(4 * sizes.experts * n * k)}),
+        weight.model_copy(update={"write_bytes": Amount(moved)}),
     ]
 
 

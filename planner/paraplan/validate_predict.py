@@ -21,7 +21,7 @@ from paraplan.validate_layout import (
 )
 from paraplan.validate_machines import Machines
 from paraplan.validate_model import sizes_of
-from paraplan.validate_recompute import kept_layers, modes_of
+from paraplan.validate_recompute import kept_layers, modes_of, recomputes_all
 from paraplan.validate_rows import Row, Unusable
 from paraplan.workload import make_workload
 
@@ -114,7 +114,7 @@ def predict(row: Row, machines: Machines | None = None) -> Prediction:
     needed = max(stage.memory_bytes for stage in found.stages)
     capacity = device.memory_capacity_bytes.value
     waits = crowded_seconds(row, sizes.framework, cluster.nodes, needed, capacity)
-    again = modes_of(row) == ("full",)
+    again = recomputes_all(row)
     waits += part_seconds(sizes, layout, again, device)
     waits += sizes.framework.pipeline_seconds if layout.pipeline > 1 else 0.0
     waits += again * rerun_wait_seconds(sizes.framework, layout)

@@ -39,6 +39,11 @@ def modes_of(row: Row) -> tuple[Recompute, ...]:
     raise Unusable(f"recompute {text}")
 
 
+def recomputes_all(row: Row) -> bool:
+    """Whether it is known that every layer is recomputed whole."""
+    return MODES.get(row.text("recompute")) == "full"
+
+
 def kept_layers(row: Row, sizes: ModelSizes, cuts: Cuts) -> frozenset[int]:
     """Layers, from 0, that recompute nothing although others do.
 
