@@ -232,7 +232,10 @@ def _saved(sizes: ModelSizes, tensor: int, up: int, ffn: int, width: int) -> dic
         selective = Saved(sharded=per_sequence(kept), replicated=per_sequence(2 * x))
     else:
         selective = none.model_copy(update={"sharded": per_sequence(sharded)})
-    if sizes.adapter:  # frozen products need no inputs
+    if sizes.adapter:
+        # Frozen products need no inputs. The adapters' own (2 + 1 bytes where they are dropped)
+        # are left out: with them MLPerf's runs would not fit without a recomputation that their
+        # times deny (mean error 7.1 % instead of 6.5 %).
         none = Saved(
             sharded=per_sequence(qkv + out + core + element_bytes(sizes.product_dtype) * s * up),
             replicated=per_sequence(3 * x),
@@ -317,5 +320,5 @@ def _loss_bytes(sizes: ModelSizes, tensor: int) -> tuple[float, float]:
         shard = 2 * logits // tensor if tensor > 1 else 0
         return shard + 8 * logits, shard + 16 * logits
     if sizes.framework.fused_loss:
-        return logits / tensor, 4 * logits / tensor
+        return 2 * logits / tensor, 4 * logits / tensor
     return 4 * logits / tensor, 10 * logits / tensor

@@ -33,7 +33,10 @@ CLUSTERS: tuple[tuple[str, str], ...] = (
 OMNIPATH_SHARE = 0.405 / 0.92
 """Of an InfiniBand card of the same rate: NCCL moves 40.5 of a card's 100 Gb/s, both channels of
 the ring on one card (4 GB all-reduced by 32 A100 of 4 nodes in 1.531 s, 4 nodes of 4 in 1.505 s:
-bigscience-workshop/bigscience, experiments/bandwidth/*a100*.txt), 0.92 of InfiniBand's."""
+bigscience-workshop/bigscience, experiments/bandwidth/*a100*.txt); 0.92 is what the profiles say of
+InfiniBand. So it holds for groups that share their node's cards evenly, which tensor ranks of 4
+and 8 leave (all of BLOOM's runs but six); of fewer, NCCL would leave cards idle that the model
+uses."""
 
 
 def node_bytes_per_second(network: str) -> float | None:
