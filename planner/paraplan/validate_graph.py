@@ -22,6 +22,7 @@ from paraplan.graph import (
     Value,
     op_flops,
 )
+from paraplan.validate_loss import loss_bytes, loss_ops
 from paraplan.validate_ops import (
     ALL,
     CORE,
@@ -30,7 +31,6 @@ from paraplan.validate_ops import (
     attention_ops,
     element_bytes,
     expert_ops,
-    loss_ops,
     memory_op,
     norm_ops,
     per_sequence,
@@ -290,7 +290,7 @@ def _head(sizes: ModelSizes, tensor: int) -> BlockVariant:
         *(again if sizes.head_twice else ()),
         *loss_ops(sizes, sizes.vocab if whole else columns),
     ]
-    saved, peak = _loss_bytes(sizes, tensor)
+    saved, peak = loss_bytes(sizes, tensor)
     exchanges = _exchanges(per_sequence(x), 0, 1)
     if whole:
         logits_bytes = per_sequence(2 * s * sizes.vocab)
@@ -303,22 +303,3 @@ def _head(sizes: ModelSizes, tensor: int) -> BlockVariant:
         peak_bytes=(per_sequence(peak + 3 * x),),
         collectives=exchanges if tensor > 1 else (),
     )
-
-
-def _loss_bytes(sizes: ModelSizes, tensor: int) -> tuple[float, float]:
-    """Bytes that the loss keeps, and that it needs at most.
-
-    One kernel replaces the logits by their gradient (2, 2 + 2); else their fp32 copy and its
-    gradient are beside them (2 + 4 + 4). torch's own cross entropy keeps the logarithms of the
-    softmax (4) and makes two gradients in fp32 (4 + 4); over gathered logits it keeps these, too,
-    and those of the micro-batch before in a second buffer (2 + 2).
-    """
-    logits = sizes.sequence_length * sizes.vocab
-    if sizes.framework.torch_loss:
-        return 4 * logits / tensor, 12 * logits / tensor
-    if sizes.framework.whole_logits:
-        shard = 2 * logits // tensor if tensor > 1 else 0
-        return shard + 8 * logits, shard + 16 * logits
-    if sizes.framework.fused_loss:
-        return 2 * logits / tensor, 4 * logits / tensor
-    return 4 * logits / tensor, 10 * logits / tensor

@@ -16,9 +16,6 @@ from paraplan.validate_frameworks import PLAIN, Framework
 ALL: tuple[Recompute, ...] = ("full",)
 CORE: tuple[Recompute, ...] = ("selective", "full")
 Phase = Literal["forward", "backward"]
-LONG_ROW = 93_000
-"""Elements in fp32 from which on one row for each multiprocessor exceeds the cache: 40 MB among 108
-of A100, 50 MB among 132 of H100 (their datasheets)."""
 NARROW = {"float8": 1.0, "float4": 0.5 + 1 / 16}
 """Bytes of an element of a narrow dtype; sixteen of 4 bits share a scale of one byte."""
 
@@ -420,31 +417,6 @@ def pointwise_ops(
     if sizes.eager or not sizes.flash:  # heads are split and joined by copies
         made += both_ways("copy", 2 * 2 * s * width, 2 * 2 * s * width, reruns=reruns)
     return made
-
-
-def loss_ops(sizes: ModelSizes, columns: int) -> list[Op]:
-    """Cross entropy over ``columns`` of the vocabulary, in fp32.
-
-    One kernel: the logits are read, and replaced by their gradient (2, 2 + 2). Compiled: cast
-    (2 + 4 bytes), largest (4), exponential and sum (4 + 4), gradient in place (4 + 4), cast back
-    (4 + 2). Else, as nanotron's and Megatron-LM's sharded loss: the difference from the largest
-    (4 + 4), the sum (4) and the quotient (4 + 4) are kernels of their own. torch's own, eager even
-    in compiled models: cast (2 + 4) and logarithms of the softmax (4 + 4), for which long rows
-    are read three times (SoftMax.cu, `cunn_SoftMaxForward`); their gradient filled (4), that of
-    the softmax (4 + 4 + 4, its first operand once more for long rows) and cast back (4 + 2). A
-    metric is its forward. Over whole logits Aleph Alpha's accuracy reads them once more (4).
-    """
-    tokens, framework = sizes.sequence_length * columns, sizes.framework
-    again = 4 if columns > LONG_ROW else 0
-    forward, backward = 14 + 2 * again, 22 + again
-    if framework.fused_loss:
-        metric = memory_op("metric", "forward", forward * tokens, 0)
-        return both_ways("loss", 2 * tokens, 4 * tokens) + [metric] * framework.metrics
-    if framework.whole_logits:
-        forward += 4
-    elif not framework.torch_loss:
-        forward, backward = (18, 14) if framework.kernels == "compiled" else (38, 14)
-    return both_ways("loss", forward * tokens, backward * tokens)
 
 
 def small_calls(calls: int, reruns: tuple[Recompute, ...] = ALL) -> list[Op]:
