@@ -107,6 +107,23 @@ def test_large_products_reach_the_efficiency_of_the_profile(name: str) -> None:
     assert reached == pytest.approx(device.gemm.efficiency["bfloat16"].value, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("h100-sxm", "float8"), ("b200", "float8"), ("gb300", "float4")]
+)
+def test_a_tiles_prologue_takes_as_long_in_narrow_dtypes(name: str, dtype: str) -> None:
+    """What is left at k = 0 of the line through two products of whole waves."""
+    device = DEVICES[name]
+
+    def at_no_k(dtype: str) -> float:
+        short, long = (
+            op_seconds(gemm(65536, 65536, k, dtype=dtype), 1, device).seconds for k in (8192, 16384)
+        )
+        efficiency = device.gemm.efficiency[dtype].value
+        return (2 * short - long - device.kernel_floor_seconds.value) * efficiency
+
+    assert at_no_k(dtype) == pytest.approx(at_no_k("bfloat16"), rel=0.01)
+
+
 def test_published_products_on_h200() -> None:
     """788 TFLOP/s at 8192 x 8192 x 8192 in bf16 on random data, measured by others."""
     seconds = op_seconds(gemm(8192, 8192, 8192), 1, load_device("h200")).seconds

@@ -67,7 +67,9 @@ class Gemm(Frozen):
         efficiency: by dtype, share of the dense peak that the best tile reaches for long K.
         sustained: by dtype, share of the rate alone that products keep in whole training steps,
             where power, clocks and caches are shared; 1 where it is missing.
-        prologue_k: extra K elements each tile costs (filling the pipeline, writing out).
+        prologue_k: extra K elements each tile costs in 16 bits (filling the pipeline, writing
+            out). It takes as long in narrower dtypes, in which it is as many elements more as
+            their peak is higher.
         wave_loss: share of a partly filled last wave of tiles that is lost; less than 1 because
             libraries have more tile shapes than are listed, and split the last wave's work.
         tiles: the kernels' choices; the fastest is taken.
@@ -126,11 +128,13 @@ class DtypeRates:
     Attributes:
         peak: dense FLOP/s.
         sustained: share of the rate alone that products keep in whole steps.
+        prologue_k: extra K elements of each tile.
         tiles: (rows, columns, seconds of one K element of that tile on one multiprocessor).
     """
 
     peak: float
     sustained: float
+    prologue_k: float
     tiles: tuple[tuple[float, float, float], ...]
 
 
@@ -188,7 +192,6 @@ class Rates:
     peak_memory: float
     optimizer: float
     multiprocessors: float
-    prologue_k: float
     wave_loss: float
     attention: AttentionRates
     dtypes: dict[str, DtypeRates]
@@ -274,7 +277,6 @@ class Device(Frozen):
             peak_memory=memory,
             optimizer=memory * self.optimizer_efficiency.value,
             multiprocessors=self.multiprocessors.value,
-            prologue_k=self.gemm.prologue_k.value,
             wave_loss=self.gemm.wave_loss.value,
             attention=self._attention_rates(),
             dtypes={dtype: self._dtype_rates(dtype) for dtype in self.gemm.efficiency},
@@ -313,7 +315,10 @@ class Device(Frozen):
             for tile in self.gemm.tiles
         )
         kept = self.gemm.sustained.get(dtype)
-        return DtypeRates(peak, 1.0 if kept is None else kept.value, tiles)
+        wide = self.peak_flops_per_second.get("bfloat16")
+        faster = 1.0 if wide is None else max(1.0, peak / wide.value)
+        prologue_k = faster * self.gemm.prologue_k.value
+        return DtypeRates(peak, 1.0 if kept is None else kept.value, prologue_k, tiles)
 
     @cached_property
     def measured(self) -> MeasuredTable | None:

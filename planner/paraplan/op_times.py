@@ -4,6 +4,7 @@ The model is a roofline with the few effects that decide between layouts:
 
   any kernel        floor + max(work at the achieved rate, bytes / achieved bandwidth)
   matrix product    waves of tiles over the multiprocessors, each of (k + prologue_k) K elements;
+                    the prologue takes as long in narrower dtypes as in 16 bits;
                     a partly filled last wave costs ``wave_loss`` of what it leaves idle; fewer
                     tiles than multiprocessors split K (`_gemm_seconds`)
   attention         FLOPs of whole tiles at the implementation's rate; at least the longest row
@@ -83,7 +84,7 @@ def _gemm_seconds(
     A product with fewer tiles than multiprocessors is split along K, at the price of writing
     and reading the partial sums, as cuBLAS and hipBLASLt do.
     """
-    processors, prologue = rates.multiprocessors, rates.prologue_k
+    processors, prologue = rates.multiprocessors, dtype.prologue_k
     aligned = _alignment(n, k)
     best = float("inf")
     for rows, columns, seconds_per_k in dtype.tiles:
