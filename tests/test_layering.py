@@ -42,11 +42,12 @@ stage_times
 describe
 validate_frameworks calibrate_fit
 validate_ops
+validate_loss
 validate_graph
 validate_rows
+validate_recompute
 validate_model
 validate_machines validate_layout
-validate_recompute
 validate_predict validate_spread validate_plot
 validate_statistics
 validate
