@@ -248,6 +248,13 @@ def test_zero3_of_2021_exchanges_parts() -> None:
     assert part_seconds(new, layout, True, device) == 0.0
 
 
+@pytest.mark.parametrize(("sharding", "reduced", "summed"), [("zero3", 2, 0), ("none", 4, 10)])
+def test_zero_3_of_2021_reduces_fp16_gradients(sharding: str, reduced: int, summed: int) -> None:
+    """As DeepSpeed makes them; Megatron-LM adds them to a whole sum in fp32, and reduces that."""
+    framework = sizes_of(row(source="SC'21", zero_or_fsdp=sharding)).framework
+    assert (framework.engine.reduce_bytes, framework.gradient_bytes) == (reduced, summed)
+
+
 @pytest.mark.parametrize(("stages", "longer"), [("1", 0.0), ("2", 0.03)])
 def test_a_pipeline_costs_nanotrons_step_once(
     stages: str, longer: float, monkeypatch: pytest.MonkeyPatch

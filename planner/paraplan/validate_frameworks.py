@@ -52,8 +52,9 @@ class Framework:
             at most, the host being ahead; without and with a pipeline, whose transfers hold it.
         cuts: stages hold equal numbers of layers, or are of about equal cost (`cost_cuts`), or
             the largest has as few parameters as possible.
-        part_calls: of the host, for each rank, in each gather and each reduction of a weight that
-            ZeRO-3 shards: they are lists of as many parts as ranks.
+        deepspeed_zero3: its runs with ZeRO-3 are DeepSpeed's of 2021: each weight is gathered and
+            reduced as a list of parts (`validate_layout.part_seconds`), in fp16 as gradients are
+            made, and shards alone are summed.
         crowded_wait_seconds: of each pipeline transfer in a run that needs more than its devices
             have: for its buffer the allocator returns memory and waits for the device.
         crowded_nodes: from how many nodes on every run's transfers wait so, full devices or not.
@@ -89,7 +90,7 @@ class Framework:
     keeps_scattered: bool = False
     pending_bytes: tuple[int, int] = (0, 0)
     cuts: Literal["layers", "cost", "parameters"] = "layers"
-    part_calls: int = 0
+    deepspeed_zero3: bool = False
     crowded_wait_seconds: float = 0.0
     crowded_nodes: float = math.inf
     pipeline_seconds: float = 0.0
@@ -186,9 +187,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         tied=True,
         calls=40,
         gradient_bytes=10,  # fp16 gradient read, fp32 sum read and written
-        # Its runs with ZeRO-3 are DeepSpeed's: a view of each part (`_allgather_param`), and a
-        # copy of each in torch's all-gather of lists.
-        part_calls=2,
+        deepspeed_zero3=True,
         engine=Engine(
             overlaps_data=False,
             gradient_bytes=4,

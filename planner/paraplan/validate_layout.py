@@ -24,6 +24,9 @@ from paraplan.validate_rows import Row, Unusable
 GIB = 2**30
 DDP_BUCKET = 100 * 2**20  # of gradients that DistributedDataParallel sends at once
 ZERO_BUCKET = 2**29  # of what ZeRO-1 sends at once; nanotron's runs say so
+PART_CALLS = 2
+"""Of the host, for each rank's part of a weight: a view (DeepSpeed's `_allgather_param`), and a
+copy in torch's all-gather of lists."""
 ANALYTIC = ("parameters", "gradients", "optimizer", "activations", "gathered_parameters")
 """Parts of the memory that a published closed form counts."""
 
@@ -223,12 +226,12 @@ def part_seconds(sizes: ModelSizes, layout: Layout, again: bool, device: Device)
     Args:
         again: the backward gathers for the recomputation and for itself.
     """
-    if layout.zero_stage < 3 or not sizes.framework.part_calls:
+    if layout.zero_stage < 3 or not sizes.framework.deepspeed_zero3:
         return 0.0
     gathers = 3 if again else 2
     weights = sizes.layers * (5 if sizes.gated else 4) + (1 if sizes.tied else 2)
     parts = (gathers + 1) * weights * layout.data_shard
-    calls = parts * sizes.framework.part_calls * device.host_launch_seconds.value
+    calls = parts * PART_CALLS * device.host_launch_seconds.value
     copied = (gathers * (1 + 2) + 2) * 2 * parameter_count(sizes) / layout.tensor
     return layout.micro_batches * (calls + copied / device.rates.memory) / layout.pipeline
 

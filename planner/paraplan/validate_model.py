@@ -112,8 +112,7 @@ def run_framework(row: Row) -> Framework:
             found = replace(found, gradient_bytes=2 + 4 + 4)
         reduced = found.sum_reduce_bytes
         engine = replace(engine, gradient_bytes=6, standing_gradient_bytes=4, reduce_bytes=reduced)
-    if found.part_calls and row.text("zero_or_fsdp").startswith("zero3"):
-        # Its ZeRO-3 reduces fp16 gradients as they are made, and sums shards alone.
+    if found.deepspeed_zero3 and row.text("zero_or_fsdp").startswith("zero3"):
         engine, found = replace(engine, reduce_bytes=2), replace(found, gradient_bytes=0)
     if "pure" in row.text("precision"):
         engine = replace(engine, reduce_bytes=2)
